@@ -1,0 +1,102 @@
+# Two commands on a fresh machine: `make train` and `make test`. Each target installs what it needs by itself.
+#
+#   make train [ARGS="--seeds 5"]   train the recipe net on fastconv's and on torch's layers; results under runs/
+#   make test                       lint, and the tests that take minutes
+#   make verify                     the README as a newcomer types it, and the slow tests
+#   make lint                       ruff; mypy on the package
+#   make gpu PART=tests             the tests and a layer timing that need an NVIDIA GPU; results under $(OUT)
+#   make clean                      remove what was built; .venv and runs/ stay
+#
+# PYTHON  the interpreter that .venv is made with (default python3).
+# VENV    where to install (default .venv). `make train PYTHON=python3 VENV=` uses PYTHON's own environment as it is:
+#         only fastconv is built and installed there, without its dependencies and without the network.
+# TORCH   what to ask pip for instead of the versions below.
+
+PYTHON ?= python3
+VENV ?= .venv
+PART ?= tests
+OUT ?= runs/gpu
+ARGS ?=
+
+export PYTHONUTF8 := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+.SHELLFLAGS := -ec
+.DELETE_ON_ERROR:
+
+sources := setup.py pyproject.toml $(wildcard MANIFEST.in) $(shell find csrc -type f 2>/dev/null)
+
+ifneq ($(strip $(VENV)),)
+python := $(VENV)/bin/python
+stamp := $(VENV)/.fastconv-installed
+nvidia := $(shell { nvidia-smi -L || cat /proc/driver/nvidia/version; } >/dev/null 2>&1 && echo yes)
+ifeq ($(nvidia),yes)
+TORCH ?= torch>=2.11
+else
+TORCH ?= torch==2.13.0 triton==3.7.1
+endif
+else
+python := $(PYTHON)
+environment := $(shell $(PYTHON) -c "import sys, zlib; print(zlib.crc32((sys.prefix + sys.version).encode()))")
+stamp := build/.fastconv-installed-$(environment)
+export PIP_NO_INDEX := 1
+export PIP_BREAK_SYSTEM_PACKAGES := 1
+endif
+
+.PHONY: train test verify lint gpu clean install
+
+train: $(stamp)
+	$(python) -m fastconv.cli train $(ARGS)
+
+test: lint
+	$(python) -m pytest -q -m "not slow and not gpu"
+
+verify: $(stamp)
+	$(python) -m pytest -q -m "slow and not gpu"
+
+# Only in an environment that is not ours may a tool be missing; that is said, never passed over.
+lint: $(stamp)
+ifneq ($(strip $(VENV)),)
+	$(python) -m ruff check .
+	$(python) -m ruff format --check -q .
+	$(python) -m mypy
+else
+	@for tool in "ruff check ." "ruff format --check -q ." "mypy"; do \
+	  name=$${tool%% *}; \
+	  if ! $(python) -m $$name --version >/dev/null 2>&1; then \
+	    echo "lint: SKIPPED $$name, which this environment does not have"; \
+	  else \
+	    echo "$(python) -m $$tool"; $(python) -m $$tool; \
+	  fi; \
+	done
+endif
+
+gpu: $(stamp)
+	@test "$(PART)" = tests || { echo "make gpu: PART must be tests, got PART=$(PART)" >&2; exit 2; }
+	@$(python) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: torch sees no CUDA device')"
+	@mkdir -p "$(OUT)"
+	@status=0; \
+	$(python) -m pytest -q -m gpu --junitxml="$(OUT)/tests.xml" || status=$$?; \
+	$(python) -m fastconv.bench.layers --device cuda --out "$(OUT)/layers.json" || status=$$?; \
+	exit $$status
+
+install: $(stamp)
+
+# torch comes first and fastconv is built against it: build isolation would fetch a second one.
+$(stamp): $(sources) Makefile
+ifneq ($(strip $(VENV)),)
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'fastconv needs Python 3.10 or later: make PYTHON=...')"
+	$(python) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv "$(VENV)"
+	@echo "installing torch and tools into $(VENV): several minutes the first time"
+	$(python) -m pip install -q setuptools wheel ninja $(foreach requirement,$(TORCH),'$(requirement)')
+	$(python) -m pip install -q --no-build-isolation -e '.[train,test,dev]'
+else
+	@mkdir -p $(@D)
+	$(python) -m pip install -q --no-build-isolation --no-deps -e .
+endif
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find fastconv -name '*.so' -delete
+	find fastconv tests csrc -name __pycache__ -type d -prune -exec rm -rf {} +
+	$(if $(strip $(VENV)),rm -f $(stamp))

@@ -1,0 +1,39 @@
+// The operators of fastconv_native; registry.cpp holds their schemas. Outputs are allocated by the caller.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace fastconv {
+
+using torch::stable::Tensor;
+using Pair = std::vector<int64_t>;
+
+Tensor conv2d(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups, bool relu);
+
+void relu_backward(const Tensor& grad, const Tensor& output, const Tensor& masked, const std::optional<Tensor>& bias_grad);
+void bias_grad(const Tensor& grad, const Tensor& bias_grad);
+
+void max_pool2d(
+    const Tensor& x, const Tensor& output, const Tensor& code, const Pair& kernel, const Pair& stride, const Pair& padding,
+    const Pair& dilation, bool relu);
+void max_pool2d_backward(
+    const Tensor& grad, const Tensor& code, const Tensor& input_grad, const std::optional<Tensor>& bias_grad,
+    const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& dilation);
+
+void avg_pool2d(
+    const Tensor& x, const Tensor& output, const Pair& kernel, const Pair& stride, const Pair& padding,
+    bool count_include_pad, std::optional<int64_t> divisor);
+void avg_pool2d_backward(
+    const Tensor& grad, const Tensor& input_grad, const Pair& kernel, const Pair& stride, const Pair& padding,
+    bool count_include_pad, std::optional<int64_t> divisor);
+
+void global_avg_pool2d(const Tensor& x, const Tensor& output);
+void global_avg_pool2d_backward(const Tensor& grad, const Tensor& input_grad);
+
+}  // namespace fastconv

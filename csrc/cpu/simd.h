@@ -1,0 +1,95 @@
+// One source for every instruction set: a kernel is a callable whose body is always inlined, and `for_chunks` compiles it
+// once per instruction set and picks one at run time. So binaries run everywhere and nothing depends on -march.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <type_traits>
+
+#define FASTCONV_INLINE inline __attribute__((always_inline))
+// Lambdas do not inherit the target of the function around them, so theirs must be inlined too.
+#define FASTCONV_INLINE_LAMBDA __attribute__((always_inline))
+#if defined(__clang__)
+#define FASTCONV_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define FASTCONV_VECTORIZE _Pragma("GCC ivdep")
+#endif
+#if defined(__x86_64__)
+#define FASTCONV_TARGET_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,lzcnt,movbe")))
+#define FASTCONV_TARGET_AVX512 \
+  __attribute__((target("avx512f,avx512bw,avx512cd,avx512dq,avx512vl,avx2,fma,f16c,bmi,bmi2,lzcnt,movbe")))
+#endif
+
+namespace fastconv {
+
+enum class InstructionSet { kDefault, kAvx2, kAvx512 };
+
+// What this process runs; torch's own ATEN_CPU_CAPABILITY lowers it.
+InstructionSet instruction_set();
+
+template <class Body>
+void run_default(const Body& body, int64_t begin, int64_t end) {
+  body(begin, end);
+}
+
+#if defined(__x86_64__)
+template <class Body>
+FASTCONV_TARGET_AVX2 void run_avx2(const Body& body, int64_t begin, int64_t end) {
+  body(begin, end);
+}
+
+template <class Body>
+FASTCONV_TARGET_AVX512 void run_avx512(const Body& body, int64_t begin, int64_t end) {
+  body(begin, end);
+}
+#endif
+
+// body(begin, end) over parts of [0, chunks), in parallel. A chunk is worth a thread of its own.
+template <class Body>
+void for_chunks(int64_t chunks, const Body& body) {
+  torch::stable::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {
+    switch (instruction_set()) {
+#if defined(__x86_64__)
+      case InstructionSet::kAvx512:
+        return run_avx512(body, begin, end);
+      case InstructionSet::kAvx2:
+        return run_avx2(body, begin, end);
+#endif
+      default:
+        return run_default(body, begin, end);
+    }
+  });
+}
+
+// Work in chunks that depend on sizes only, never on the number of threads: sums over chunks are reproducible.
+struct Chunks {
+  int64_t items;
+  int64_t size;  // items in a chunk
+  int64_t count;
+
+  // `cost`: elements touched by one item. `most` bounds the count, and so the partial sums of a reduction.
+  static Chunks of(int64_t items, int64_t cost, int64_t most) {
+    constexpr int64_t kWorthAThread = 16384;
+    const int64_t worth = kWorthAThread / std::max<int64_t>(cost, 1);
+    const int64_t size = std::max({(items + most - 1) / most, worth, int64_t{1}});
+    return {items, size, (items + size - 1) / size};
+  }
+
+  int64_t begin(int64_t chunk) const { return chunk * size; }
+  int64_t end(int64_t chunk) const { return std::min(items, (chunk + 1) * size); }
+};
+
+// Channels are worked on in blocks whose sums stay in registers or the nearest cache.
+constexpr int64_t kBlock = 64;
+
+// body(first, width) for each block; a whole block's width is a compile-time constant.
+template <class Body>
+FASTCONV_INLINE void for_blocks(int64_t channels, const Body& body) {
+  int64_t first = 0;
+  for (; first + kBlock <= channels; first += kBlock) body(first, std::integral_constant<int64_t, kBlock>{});
+  if (first < channels) body(first, channels - first);
+}
+
+}  // namespace fastconv

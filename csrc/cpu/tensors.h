@@ -1,0 +1,88 @@
+// What kernels take from tensors: sizes and pointers of dense channels_last (NHWC) memory, and the type of an element.
+#pragma once
+
+#include "scalar.h"
+
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+
+namespace fastconv {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Map {
+  int64_t batch, channels, height, width;
+
+  int64_t pixels() const { return batch * height * width; }
+  int64_t numel() const { return pixels() * channels; }
+  bool operator==(const Map& other) const {
+    return batch == other.batch && channels == other.channels && height == other.height && width == other.width;
+  }
+};
+
+// The launchers hand over dense channels_last tensors; anything else would be read out of bounds, so it is checked here.
+inline Map map_of(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.dim() == 4, "fastconv_native: ", name, " must have 4 dimensions, got ", tensor.dim());
+  const auto sizes = tensor.sizes();
+  const auto strides = tensor.strides();
+  const Map map{sizes[0], sizes[1], sizes[2], sizes[3]};
+  const auto dense = [&](int64_t dimension, int64_t stride) {
+    return sizes[dimension] == 1 || strides[dimension] == stride;
+  };
+  STD_TORCH_CHECK(
+      dense(1, 1) && dense(3, map.channels) && dense(2, map.channels * map.width) &&
+          dense(0, map.channels * map.width * map.height),
+      "fastconv_native: ", name, " must be dense in channels_last memory format");
+  return map;
+}
+
+inline void check_same(const Tensor& tensor, const char* name, const Map& map, ScalarType dtype) {
+  STD_TORCH_CHECK(map_of(tensor, name) == map, "fastconv_native: ", name, " has a wrong size");
+  STD_TORCH_CHECK(tensor.scalar_type() == dtype, "fastconv_native: ", name, " has a wrong dtype");
+}
+
+template <class T>
+const T* read(const Tensor& tensor) {
+  return static_cast<const T*>(tensor.const_data_ptr());
+}
+
+template <class T>
+T* write(const Tensor& tensor) {
+  return static_cast<T*>(tensor.mutable_data_ptr());
+}
+
+template <class T>
+struct Type {
+  using type = T;
+};
+
+// body(Type<T>) for the T that holds an element.
+template <class Body>
+void by_dtype(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return body(Type<float>{});
+    case ScalarType::BFloat16:
+      return body(Type<BFloat16>{});
+    case ScalarType::Half:
+      return body(Type<Half>{});
+    default:
+      STD_TORCH_CHECK(false, "fastconv_native: dtype must be float32, bfloat16 or float16");
+  }
+}
+
+// body(Type<Code>) for the integer that holds a winner's code.
+template <class Body>
+void by_code(ScalarType dtype, const Body& body) {
+  switch (dtype) {
+    case ScalarType::Byte:
+      return body(Type<uint8_t>{});
+    case ScalarType::Int:
+      return body(Type<int32_t>{});
+    default:
+      STD_TORCH_CHECK(false, "fastconv_native: codes must be uint8 or int32");
+  }
+}
+
+}  // namespace fastconv

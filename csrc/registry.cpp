@@ -1,0 +1,93 @@
+// Schemas of the native operators, and what the compiled library says of itself. Importing the module registers them.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "cpu/operators.h"
+#include "cpu/simd.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/headeronly/version.h>
+
+#ifndef FASTCONV_FLAGS
+#error "setup.py passes the compiler's flags as FASTCONV_FLAGS"
+#endif
+
+STABLE_TORCH_LIBRARY(fastconv_native, m) {
+  m.def(
+      "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, "
+      "int groups, bool relu) -> Tensor");
+  m.def("relu_backward(Tensor grad, Tensor output, Tensor(a!) masked, Tensor(b!)? bias_grad) -> ()");
+  m.def("bias_grad(Tensor grad, Tensor(a!) bias_grad) -> ()");
+  m.def(
+      "max_pool2d(Tensor x, Tensor(a!) output, Tensor(b!) code, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation, bool relu) -> ()");
+  m.def(
+      "max_pool2d_backward(Tensor grad, Tensor code, Tensor(a!) input_grad, Tensor(b!)? bias_grad, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, int[2] dilation) -> ()");
+  m.def(
+      "avg_pool2d(Tensor x, Tensor(a!) output, int[2] kernel_size, int[2] stride, int[2] padding, bool count_include_pad, "
+      "int? divisor_override) -> ()");
+  m.def(
+      "avg_pool2d_backward(Tensor grad, Tensor(a!) input_grad, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "bool count_include_pad, int? divisor_override) -> ()");
+  m.def("global_avg_pool2d(Tensor x, Tensor(a!) output) -> ()");
+  m.def("global_avg_pool2d_backward(Tensor grad, Tensor(a!) input_grad) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastconv_native, CPU, m) {
+  m.impl("conv2d", TORCH_BOX(&fastconv::conv2d));
+  m.impl("relu_backward", TORCH_BOX(&fastconv::relu_backward));
+  m.impl("bias_grad", TORCH_BOX(&fastconv::bias_grad));
+  m.impl("max_pool2d", TORCH_BOX(&fastconv::max_pool2d));
+  m.impl("max_pool2d_backward", TORCH_BOX(&fastconv::max_pool2d_backward));
+  m.impl("avg_pool2d", TORCH_BOX(&fastconv::avg_pool2d));
+  m.impl("avg_pool2d_backward", TORCH_BOX(&fastconv::avg_pool2d_backward));
+  m.impl("global_avg_pool2d", TORCH_BOX(&fastconv::global_avg_pool2d));
+  m.impl("global_avg_pool2d_backward", TORCH_BOX(&fastconv::global_avg_pool2d_backward));
+}
+
+namespace {
+
+PyObject* cpu_capability(PyObject*, PyObject*) {
+  switch (fastconv::instruction_set()) {
+    case fastconv::InstructionSet::kAvx512:
+      return PyUnicode_FromString("AVX512");
+    case fastconv::InstructionSet::kAvx2:
+      return PyUnicode_FromString("AVX2");
+    default:
+      return PyUnicode_FromString("default");
+  }
+}
+
+PyObject* build_info(PyObject*, PyObject*) {
+#if defined(__clang__)
+  const char* compiler = __VERSION__;
+#else
+  const char* compiler = "gcc " __VERSION__;
+#endif
+  return Py_BuildValue(
+      "{s:s,s:s,s:s,s:O,s:s}", "compiler", compiler, "flags", FASTCONV_FLAGS, "kind", "cpu", "cuda", Py_False, "torch",
+      TORCH_VERSION);
+}
+
+PyMethodDef methods[] = {
+    {"build_info", build_info, METH_NOARGS,
+     "How this library was built: compiler, flags, kind, cuda, torch (the headers' version)."},
+    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: 'AVX512', 'AVX2' or 'default'."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    "_C",
+    "The compiled library of fastconv; its operators are torch.ops.fastconv_native.",
+    -1,
+    methods,
+    nullptr,
+    nullptr,
+    nullptr,
+    nullptr};
+
+}  // namespace
+
+// Two functions need no binding library: torch's pybind11 refuses to be included beside the stable ABI.
+PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

@@ -1,0 +1,11 @@
+"""fastconv: fused convolution + bias + ReLU (+ max-pool) for PyTorch, forward and backward.
+
+Triton kernels on a GPU, C++ on a CPU, plain torch wherever that is faster.
+"""
+
+from fastconv import functional, models, nn
+from fastconv.backends import use_backend
+from fastconv.convert import convert
+
+__version__ = "0.1.0"
+__all__ = ["__version__", "convert", "functional", "models", "nn", "use_backend"]

@@ -1,0 +1,248 @@
+"""Thin autograd Functions over the operators.
+
+Every backward computes the needed gradients only, on the backend requested in forward, and reads only what forward saved:
+a layer's input and weight, its output where ReLU masks, or the one-byte code where a pool follows. While a graph of the
+backward is being built (create_graph=True, torch.func), the same gradients are expressed in differentiable torch ops.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+import fastconv.ops  # noqa: F401  (defines torch.ops.fastconv)
+from fastconv.geometry import conv_output_shape, memory_format
+
+ops = torch.ops.fastconv
+IntPair = tuple[int, int]
+Grads = tuple[Tensor | None, ...]
+
+
+class ConvArgs(NamedTuple):
+    """What an operator takes between its tensors and the backend request."""
+
+    stride: IntPair
+    padding: IntPair
+    dilation: IntPair
+    groups: int
+
+
+class PoolArgs(NamedTuple):
+    kernel_size: IntPair
+    stride: IntPair
+    padding: IntPair
+    dilation: IntPair
+    ceil_mode: bool
+
+
+def _conv_grads(ctx: Any, grad: Tensor, input: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Input and weight gradient of a convolution whose output gradient is `grad`."""
+    args: ConvArgs = ctx.conv
+    need_input, need_weight = ctx.needs_input_grad[:2]
+    grad_input = grad_weight = None
+    if torch.is_grad_enabled():
+        if need_input:
+            grad_input = conv2d_input(ctx.input_shape, weight, grad, *args)
+        if need_weight:
+            grad_weight = conv2d_weight(input, ctx.weight_shape, grad, *args)
+        return grad_input, grad_weight
+    if need_input:
+        grad_input = ops.conv2d_input_grad(grad, weight, ctx.input_shape, *args, ctx.backend)
+    if need_weight:
+        grad_weight = ops.conv2d_weight_grad(grad, input, ctx.weight_shape, *args, ctx.backend)
+    return grad_input, grad_weight
+
+
+def _relu_backward(ctx: Any, grad: Tensor, output: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    if torch.is_grad_enabled():
+        masked = grad.masked_fill(output <= 0, 0)
+        return masked, masked.sum((0, 2, 3)) if with_bias else None
+    masked, bias = ops.relu_backward(grad, output, with_bias, ctx.backend)
+    return masked, bias if with_bias else None
+
+
+def _unpool(ctx: Any, grad: Tensor, code: Tensor, shape: torch.Size, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the map that a max-pool (after ReLU or not) has read."""
+    args: PoolArgs = ctx.pool
+    if torch.is_grad_enabled():
+        open_grad = grad.masked_fill(code == 0, 0)
+        indices = ops.max_pool2d_indices(code, shape, *args)
+        flat = grad.new_zeros((*shape[:2], shape[2] * shape[3]))
+        unpooled = flat.scatter_add(2, indices.flatten(2), open_grad.flatten(2)).view(shape)
+        return unpooled, open_grad.sum((0, 2, 3)) if with_bias else None
+    unpooled, bias = ops.max_pool2d_backward(grad, code, shape, *args, with_bias, ctx.backend)
+    return unpooled, bias if with_bias else None
+
+
+def _keep_conv(ctx: Any, input: Tensor, weight: Tensor, args: ConvArgs, backend: str, *more: Tensor) -> None:
+    """Save what the needed gradients read: the input for the weight's, the weight for the input's, and `more`."""
+    need_input, need_weight = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(input if need_weight else None, weight if need_input else None, *more)
+    ctx.input_shape, ctx.weight_shape = input.shape, weight.shape
+    ctx.conv, ctx.backend = args, backend
+    ctx.set_materialize_grads(False)
+
+
+class Conv2d(torch.autograd.Function):
+    """conv2d(input, weight, bias)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None, args: ConvArgs, backend: str) -> Tensor:
+        return ops.conv2d(input, weight, bias, *args, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, _, args, backend = inputs
+        _keep_conv(ctx, input, weight, args, backend)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Grads:
+        if grad is None:
+            return (None,) * 5
+        input, weight = ctx.saved_tensors
+        bias = None
+        if ctx.needs_input_grad[2]:
+            bias = grad.sum((0, 2, 3)) if torch.is_grad_enabled() else ops.bias_grad(grad, ctx.backend)
+        return (*_conv_grads(ctx, grad, input, weight), bias, None, None)
+
+
+class Conv2dReLU(torch.autograd.Function):
+    """relu(conv2d(input, weight, bias) + residual)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, args: ConvArgs, backend: str
+    ) -> Tensor:
+        return ops.conv2d_relu(input, weight, bias, residual, *args, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, weight, _, _, args, backend = inputs
+        _keep_conv(ctx, input, weight, args, backend, output)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Grads:
+        if grad is None:
+            return (None,) * 6
+        input, weight, output = ctx.saved_tensors
+        masked, bias = _relu_backward(ctx, grad, output, ctx.needs_input_grad[2])
+        residual = masked if ctx.needs_input_grad[3] else None
+        return (*_conv_grads(ctx, masked, input, weight), bias, residual, None, None)
+
+
+class Conv2dReLUMaxPool2d(torch.autograd.Function):
+    """(max_pool2d(relu(conv2d(input, weight, bias))), code)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor, weight: Tensor, bias: Tensor | None, args: ConvArgs, pool: PoolArgs, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        return ops.conv2d_relu_max_pool2d(input, weight, bias, *args, *pool, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input, weight, _, args, ctx.pool, backend = inputs
+        code = output[1]
+        ctx.mark_non_differentiable(code)
+        _keep_conv(ctx, input, weight, args, backend, code)
+        ctx.unpooled_shape = conv_output_shape(input.shape, weight.shape, *args[:3])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Grads:
+        if grad is None:
+            return (None,) * 6
+        input, weight, code = ctx.saved_tensors
+        unpooled, bias = _unpool(ctx, grad, code, ctx.unpooled_shape, ctx.needs_input_grad[2])
+        return (*_conv_grads(ctx, unpooled, input, weight), bias, None, None, None)
+
+
+class MaxPool2d(torch.autograd.Function):
+    """(max_pool2d(relu(input) if relu else input), code)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, args: PoolArgs, relu: bool, backend: str) -> tuple[Tensor, Tensor]:
+        return ops.max_pool2d(input, *args, relu, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        input, ctx.pool, _, ctx.backend = inputs
+        code = output[1]
+        ctx.mark_non_differentiable(code)
+        ctx.save_for_backward(code)
+        ctx.input_shape = input.shape
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Grads:
+        if grad is None:
+            return (None,) * 4
+        (code,) = ctx.saved_tensors
+        return _unpool(ctx, grad, code, ctx.input_shape, False)[0], None, None, None
+
+
+class AvgPool2d(torch.autograd.Function):
+    """avg_pool2d(input, ...)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        input: Tensor, args: PoolArgs, count_include_pad: bool, divisor_override: int | None, backend: str
+    ) -> Tensor:
+        return ops.avg_pool2d(input, *args, count_include_pad, divisor_override, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, ctx.pool, ctx.count_include_pad, ctx.divisor_override, ctx.backend = inputs
+        ctx.input_shape, ctx.channels_last = input.shape, memory_format(input) == torch.channels_last
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Grads:
+        if grad is None:
+            return (None,) * 5
+        pool: PoolArgs = ctx.pool
+        rule = (ctx.count_include_pad, ctx.divisor_override)
+        if torch.is_grad_enabled():
+            shape_only = grad.new_empty(ctx.input_shape)
+            window = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
+            grad_input = torch.ops.aten.avg_pool2d_backward(grad, shape_only, *window, *rule)
+        else:
+            grad_input = ops.avg_pool2d_backward(grad, ctx.input_shape, *pool, *rule, ctx.channels_last, ctx.backend)
+        return grad_input, None, None, None, None
+
+
+class GlobalAvgPool2d(torch.autograd.Function):
+    """input.mean((2, 3), keepdim=True)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(input: Tensor, backend: str) -> Tensor:
+        return ops.global_avg_pool2d(input, backend)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        input, ctx.backend = inputs
+        ctx.map_shape, ctx.channels_last = input.shape[2:], memory_format(input) == torch.channels_last
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> Grads:
+        if grad is None:
+            return (None,) * 2
+        height, width = ctx.map_shape
+        if torch.is_grad_enabled():
+            return (grad / (height * width)).expand(-1, -1, height, width), None
+        return ops.global_avg_pool2d_backward(grad, height, width, ctx.channels_last, ctx.backend), None

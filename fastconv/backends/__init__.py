@@ -1,0 +1,197 @@
+"""Who runs a call: the choice of a backend, and what every backend offers.
+
+A backend is a module with a `NAME`, `supports(...)` and one launcher for each entry of `Launchers`. A launcher allocates
+its outputs and launches; it gets checked tensors of any strides and a geometry, and may return any dense memory format.
+
+`requested()` is one setting of the process, as torch.backends' are: it comes from the environment variable
+FASTCONV_BACKEND, `use_backend` changes it. The request in force in a forward travels to that call's backward.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from functools import cache
+from types import TracebackType
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor
+
+from fastconv import tuning
+from fastconv.geometry import ConvGeometry, PoolGeometry
+from fastconv.precision import Policy
+
+NAMES = ("triton", "native", "aten")
+REQUESTS = ("auto", *NAMES)
+_VARIABLE = "FASTCONV_BACKEND"
+
+_log = logging.getLogger("fastconv")
+
+
+class Launchers(Protocol):
+    """The launchers of a backend: shapes as in the geometry, `x` the input, `grad` a gradient of an output.
+
+    Codes of a max-pool (geometry.code_dtype): 0 where ReLU closed the window, else 1 + row · KW + column of the winner.
+    Bias gradients are sums over (N, H, W), accumulated in float32 (float64 for float64) in a fixed order.
+    """
+
+    NAME: str
+
+    def supports(
+        self, op: str, direction: str, geometry: ConvGeometry | PoolGeometry, policy: Policy, device_type: str
+    ) -> str | None:
+        """None where it can serve the call, else the reason why not."""
+
+    def conv2d(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        g: ConvGeometry,
+        policy: Policy,
+        relu: bool,
+    ) -> Tensor:
+        """conv2d(x, weight, bias) + residual, then ReLU (NaN stays NaN) when `relu`."""
+
+    def conv2d_relu_max_pool2d(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry, policy: Policy
+    ) -> tuple[Tensor, Tensor]:
+        """(max_pool2d(relu(conv2d(x, weight, bias))), code)."""
+
+    def conv2d_input_grad(self, grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
+        """torch.nn.grad.conv2d_input."""
+
+    def conv2d_weight_grad(self, grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
+        """torch.nn.grad.conv2d_weight."""
+
+    def bias_grad(self, grad: Tensor) -> Tensor:
+        """grad.sum((0, 2, 3))."""
+
+    def relu_backward(self, grad: Tensor, output: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+        """(where(output <= 0, 0, grad), its sum over (N, H, W) when `with_bias`), in one pass."""
+
+    def max_pool2d(self, x: Tensor, pool: PoolGeometry, relu: bool) -> tuple[Tensor, Tensor]:
+        """(max_pool2d(relu(x) if relu else x), code)."""
+
+    def max_pool2d_backward(
+        self, grad: Tensor, code: Tensor, pool: PoolGeometry, with_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """(the gradient of the unpooled map, its sum over (N, H, W) when `with_bias`)."""
+
+    def avg_pool2d(self, x: Tensor, pool: PoolGeometry, count_include_pad: bool, divisor_override: int | None) -> Tensor:
+        """torch.nn.functional.avg_pool2d."""
+
+    def avg_pool2d_backward(
+        self, grad: Tensor, pool: PoolGeometry, count_include_pad: bool, divisor_override: int | None
+    ) -> Tensor:
+        """The gradient of avg_pool2d's input."""
+
+    def global_avg_pool2d(self, x: Tensor) -> Tensor:
+        """x.mean((2, 3), keepdim=True)."""
+
+    def global_avg_pool2d_backward(self, grad: Tensor, height: int, width: int) -> Tensor:
+        """grad / (height · width), spread over the map."""
+
+
+def check_request(name: str, source: str = "use_backend") -> str:
+    if name not in REQUESTS:
+        raise ValueError(f"{source}: unknown backend {name!r}; allowed: {', '.join(map(repr, REQUESTS))}")
+    return name
+
+
+_requested = check_request(os.environ.get(_VARIABLE, "auto"), _VARIABLE)
+
+
+def requested() -> str:
+    """The backend asked for: 'auto' or one of NAMES."""
+    return _requested
+
+
+class use_backend:
+    """Ask for a backend, from now on or for the length of a `with` block.
+
+    Args:
+        name: 'auto' (the default: per shape and direction, the fastest known), 'triton', 'native' or 'aten'. A named
+            backend uses only its own kernels and raises where it cannot serve a call.
+
+    Raises:
+        ValueError: `name` is none of these.
+
+    Example:
+        >>> fastconv.use_backend("aten")            # doctest: +SKIP
+        >>> with fastconv.use_backend("triton"):    # doctest: +SKIP
+        ...     y = fastconv.functional.conv2d_relu(x, weight)
+    """
+
+    def __init__(self, name: str) -> None:
+        global _requested
+        self._previous = _requested
+        _requested = check_request(name)
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        global _requested
+        _requested = self._previous
+
+
+def load(name: str) -> Launchers:
+    """A backend's module. Importing one never needs what it drives: a missing library is a reason of `supports`."""
+    return cast(Launchers, _modules(name))
+
+
+@cache
+def _modules(name: str) -> object:
+    return importlib.import_module(f"fastconv.backends.{name}")
+
+
+@cache
+def chip(device_type: str, index: int | None = None) -> str:
+    """What tables of measurements are keyed by: 'cpu', or a GPU's name with its compute capability."""
+    if device_type != "cuda":
+        return device_type
+    major, minor = torch.cuda.get_device_capability(index)
+    return f"{torch.cuda.get_device_name(index)} sm_{major}{minor}"
+
+
+def select(
+    request: str,
+    op: str,
+    direction: str,
+    geometry: ConvGeometry | PoolGeometry,
+    policy: Policy,
+    tensor: Tensor,
+    channels_last: bool,
+) -> Launchers:
+    """The backend that serves a call on `tensor`'s device.
+
+    Raises:
+        RuntimeError: the requested backend cannot serve it; the message holds the reason.
+    """
+    device_type = tensor.device.type
+    if request != "auto":
+        backend = load(request)
+        reason = backend.supports(op, direction, geometry, policy, device_type)
+        if reason is not None:
+            raise RuntimeError(
+                f"{op} ({direction}): backend {request!r} cannot serve this call: {reason}. "
+                f"Ask for another one with fastconv.use_backend, or for 'auto'."
+            )
+        return backend
+    for name in tuning.pick(op, direction, geometry, policy, chip(device_type, tensor.device.index), channels_last):
+        backend = load(name)
+        if backend.supports(op, direction, geometry, policy, device_type) is None:
+            _note(op, direction, device_type, policy.dtype, name)
+            return backend
+    raise RuntimeError(f"{op} ({direction}): no backend serves {policy.dtype} on a {device_type} tensor")
+
+
+@cache
+def _note(op: str, direction: str, device_type: str, dtype: torch.dtype, name: str) -> None:
+    _log.info("%s (%s) on %s, %s: backend %s", op, direction, device_type, dtype, name)

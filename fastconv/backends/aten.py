@@ -1,0 +1,155 @@
+"""Plain torch as a backend: cuDNN on a GPU, oneDNN on a CPU. It serves every call that passed its checks."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastconv.geometry import ConvGeometry, PoolGeometry, memory_format
+from fastconv.precision import Policy
+
+NAME = "aten"
+
+
+def supports(op: str, direction: str, geometry: ConvGeometry | PoolGeometry, policy: Policy, device_type: str) -> str | None:
+    return None
+
+
+def accumulates_in_half(tensor: Tensor) -> bool:
+    """Whether torch's own convolution would sum in float16: on CPUs for which oneDNN has no float16 kernels.
+
+    float32 is then both exact enough and several times faster.
+    """
+    return tensor.dtype == torch.float16 and tensor.device.type == "cpu" and not _onednn_has_half()
+
+
+@cache
+def _onednn_has_half() -> bool:
+    return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+
+
+def conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, policy: Policy, relu: bool
+) -> Tensor:
+    output = _conv2d_forward(x, weight, bias, g)
+    if residual is not None:
+        output += residual
+    return output.relu_() if relu else output
+
+
+def conv2d_relu_max_pool2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry, policy: Policy
+) -> tuple[Tensor, Tensor]:
+    return max_pool2d(conv2d(x, weight, bias, None, g, policy, relu=False), pool, relu=True)
+
+
+def _conv2d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
+    if accumulates_in_half(x):
+        wide_bias = None if bias is None else bias.float()
+        return F.conv2d(x.float(), weight.float(), wide_bias, g.stride, g.padding, g.dilation, g.groups).to(x.dtype)
+    return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
+
+
+# Shape-only operands below are uninitialised: an expanded scalar would be written out in full by torch.
+def _conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, mask: list[bool]) -> tuple[Tensor, ...]:
+    if accumulates_in_half(grad):
+        wide = _conv2d_backward(grad.float(), x.float(), weight.float(), g, mask)
+        return tuple(t if t is None else t.to(grad.dtype) for t in wide)
+    return torch.ops.aten.convolution_backward(
+        grad, x, weight, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups, mask
+    )
+
+
+def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
+    shape_only = torch.empty(g.input_shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad, weight))
+    return _conv2d_backward(grad, shape_only, weight, g, [True, False, False])[0]
+
+
+def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
+    shape_only = torch.empty(g.weight_shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad, x))
+    return _conv2d_backward(grad, x, shape_only, g, [False, True, False])[1]
+
+
+def bias_grad(grad: Tensor) -> Tensor:
+    return grad.sum((0, 2, 3))
+
+
+def relu_backward(grad: Tensor, output: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    masked = torch.ops.aten.threshold_backward(grad, output, 0)
+    return masked, masked.sum((0, 2, 3)) if with_bias else None
+
+
+def max_pool2d(x: Tensor, pool: PoolGeometry, relu: bool) -> tuple[Tensor, Tensor]:
+    output, indices = F.max_pool2d(
+        x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, return_indices=True
+    )
+    code = indices_to_code(indices, pool)
+    if not relu:
+        return output, code
+    return output.relu_(), code.masked_fill_(output <= 0, 0)
+
+
+def max_pool2d_backward(grad: Tensor, code: Tensor, pool: PoolGeometry, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    open_grad = grad.masked_fill(code == 0, 0)
+    indices = code_to_indices(code, pool).flatten(2)
+    if pool.is_overlapping:
+        sums = torch.promote_types(grad.dtype, torch.float32)  # half-precision shares are summed before they are rounded
+        flat = grad.new_zeros((*grad.shape[:2], pool.height * pool.width), dtype=sums)
+        flat.scatter_add_(2, indices, open_grad.flatten(2).to(sums))
+    else:
+        flat = grad.new_zeros((*grad.shape[:2], pool.height * pool.width))
+        flat.scatter_(2, indices, open_grad.flatten(2))
+    unpooled = flat.view(pool.input_shape).to(grad.dtype)
+    return unpooled, open_grad.sum((0, 2, 3)) if with_bias else None
+
+
+def indices_to_code(indices: Tensor, pool: PoolGeometry) -> Tensor:
+    """torch's flat indices into a map of the input as codes of the window."""
+    top, left = _window_origins(pool, indices.device)
+    row = torch.div(indices // pool.width - top, pool.dilation_h, rounding_mode="floor")
+    column = torch.div(indices % pool.width - left, pool.dilation_w, rounding_mode="floor")
+    return (1 + row * pool.kernel_width + column).to(pool.code_dtype)
+
+
+def code_to_indices(code: Tensor, pool: PoolGeometry) -> Tensor:
+    """Codes as torch's int64 indices; a closed window's is its first element inside the map."""
+    top, left = _window_origins(pool, code.device)
+    offset = (code.long() - 1).clamp_(min=0)
+    row = top + offset // pool.kernel_width * pool.dilation_h
+    column = left + offset % pool.kernel_width * pool.dilation_w
+    first_row = torch.where(top < 0, top % pool.dilation_h, top)
+    first_column = torch.where(left < 0, left % pool.dilation_w, left)
+    closed = code == 0
+    return torch.where(closed, first_row, row) * pool.width + torch.where(closed, first_column, column)
+
+
+def _window_origins(pool: PoolGeometry, device: torch.device) -> tuple[Tensor, Tensor]:
+    top = torch.arange(pool.out_height, device=device).mul_(pool.stride_h).sub_(pool.pad_h).view(-1, 1)
+    left = torch.arange(pool.out_width, device=device).mul_(pool.stride_w).sub_(pool.pad_w).view(1, -1)
+    return top, left
+
+
+def avg_pool2d(x: Tensor, pool: PoolGeometry, count_include_pad: bool, divisor_override: int | None) -> Tensor:
+    return F.avg_pool2d(x, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, count_include_pad, divisor_override)
+
+
+def avg_pool2d_backward(grad: Tensor, pool: PoolGeometry, count_include_pad: bool, divisor_override: int | None) -> Tensor:
+    if pool.is_overlapping and grad.device.type == "cpu" and grad.dtype in (torch.bfloat16, torch.float16):
+        # torch adds the windows' shares in the tensor's own dtype there
+        return avg_pool2d_backward(grad.float(), pool, count_include_pad, divisor_override).to(grad.dtype)
+    layout = memory_format(grad)
+    shape_only = torch.empty(pool.input_shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
+    return torch.ops.aten.avg_pool2d_backward(
+        grad, shape_only, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, count_include_pad, divisor_override
+    )
+
+
+def global_avg_pool2d(x: Tensor) -> Tensor:
+    return F.adaptive_avg_pool2d(x, 1)
+
+
+def global_avg_pool2d_backward(grad: Tensor, height: int, width: int) -> Tensor:
+    return (grad / (height * width)).expand(-1, -1, height, width)

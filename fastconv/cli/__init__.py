@@ -1,0 +1,45 @@
+"""The command line: `fastconv info`, `fastconv train`; one file for each command."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import sys
+from collections.abc import Sequence
+
+from fastconv.cli import info, train
+
+_COMMANDS = (info, train)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit status: 0, or 1 after an error that the user can do something about, told in one line.
+    """
+    parser = argparse.ArgumentParser(
+        prog="fastconv", description="Fused convolution, bias, ReLU and pooling for PyTorch, forward and backward."
+    )
+    parser.add_argument("--verbose", action="store_true", help="log which backend serves which operator")
+    commands = parser.add_subparsers(title="commands", dest="command", required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add(commands)
+    options = parser.parse_args(arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a locale without × or ± must not end a training
+    if options.verbose:
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
+    try:
+        options.run(options)
+    except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
+        if options.verbose:
+            raise
+        print(f"fastconv {options.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"fastconv {options.command}: interrupted", file=sys.stderr)
+        return 130
+    return 0

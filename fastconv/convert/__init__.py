@@ -1,0 +1,7 @@
+"""Swap the layers of an existing model for fastconv's."""
+
+from __future__ import annotations
+
+from fastconv.convert.chains import convert
+
+__all__ = ["convert"]

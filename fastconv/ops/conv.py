@@ -1,0 +1,192 @@
+"""Convolution operators, forward and backward, and the passes over a gradient before them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastconv import geometry
+from fastconv.geometry import ConvGeometry, PoolGeometry
+from fastconv.ops.define import dense, launchers_for, operator, optional_bias
+from fastconv.precision import policy
+
+_CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
+
+
+def _conv_geometry(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> ConvGeometry:
+    geometry.check_input(op, input)
+    geometry.check_operand(op, "weight", weight, input)
+    geometry.check_operand(op, "bias", bias, input)
+    bias_shape = None if bias is None else bias.shape
+    return ConvGeometry.of(op, input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
+
+
+@operator(f"conv2d(Tensor input, Tensor weight, Tensor? bias, {_CONV}, str backend) -> Tensor")
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+    *,
+    fake: bool,
+) -> Tensor:
+    return _conv2d("conv2d", input, weight, bias, None, stride, padding, dilation, groups, backend, False, fake)
+
+
+@operator(f"conv2d_relu(Tensor input, Tensor weight, Tensor? bias, Tensor? residual, {_CONV}, str backend) -> Tensor")
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+    *,
+    fake: bool,
+) -> Tensor:
+    return _conv2d("conv2d_relu", input, weight, bias, residual, stride, padding, dilation, groups, backend, True, fake)
+
+
+def _conv2d(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+    relu: bool,
+    fake: bool,
+) -> Tensor:
+    g = _conv_geometry(op, input, weight, bias, stride, padding, dilation, groups)
+    geometry.check_operand(op, "residual", residual, input)
+    geometry.check_residual(op, residual, g.output_shape)
+    layout = geometry.memory_format(input, weight)
+    if fake:
+        return input.new_empty(g.output_shape).to(memory_format=layout)
+    launchers = launchers_for(backend, op, "forward", g, input, layout)
+    arithmetic = policy(input.dtype, input.device.type)
+    return dense(launchers.conv2d(input, weight, bias, residual, g, arithmetic, relu), layout)
+
+
+@operator(
+    f"conv2d_relu_max_pool2d(Tensor input, Tensor weight, Tensor? bias, {_CONV}, int[2] pool_kernel_size, "
+    "int[2] pool_stride, int[2] pool_padding, int[2] pool_dilation, bool pool_ceil_mode, str backend) -> (Tensor, Tensor)"
+)
+def conv2d_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    pool_ceil_mode: bool,
+    backend: str,
+    *,
+    fake: bool,
+) -> tuple[Tensor, Tensor]:
+    op = "conv2d_relu_max_pool2d"
+    g = _conv_geometry(op, input, weight, bias, stride, padding, dilation, groups)
+    pool = PoolGeometry.of(op, g.output_shape, pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode)
+    layout = geometry.memory_format(input, weight)
+    if fake:
+        output = input.new_empty(pool.output_shape).to(memory_format=layout)
+        return output, torch.empty_like(output, dtype=pool.code_dtype)
+    launchers = launchers_for(backend, op, "forward", g, input, layout)
+    arithmetic = policy(input.dtype, input.device.type)
+    output, code = launchers.conv2d_relu_max_pool2d(input, weight, bias, g, pool, arithmetic)
+    return dense(output, layout), dense(code, layout)
+
+
+@operator(f"conv2d_input_grad(Tensor grad, Tensor weight, SymInt[] input_shape, {_CONV}, str backend) -> Tensor")
+def conv2d_input_grad(
+    grad: Tensor,
+    weight: Tensor,
+    input_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+    *,
+    fake: bool,
+) -> Tensor:
+    op = "conv2d_input_grad"
+    g = ConvGeometry.of(op, input_shape, weight.shape, None, stride, padding, dilation, groups)
+    layout = geometry.memory_format(grad, weight)
+    if fake:
+        return grad.new_empty(g.input_shape).to(memory_format=layout)
+    launchers = launchers_for(backend, "conv2d", "input_grad", g, grad, layout)
+    return dense(launchers.conv2d_input_grad(grad, weight, g, policy(grad.dtype, grad.device.type)), layout)
+
+
+@operator(f"conv2d_weight_grad(Tensor grad, Tensor input, SymInt[] weight_shape, {_CONV}, str backend) -> Tensor")
+def conv2d_weight_grad(
+    grad: Tensor,
+    input: Tensor,
+    weight_shape: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+    *,
+    fake: bool,
+) -> Tensor:
+    op = "conv2d_weight_grad"
+    g = ConvGeometry.of(op, input.shape, weight_shape, None, stride, padding, dilation, groups)
+    layout = geometry.memory_format(grad, input)
+    if fake:
+        return grad.new_empty(g.weight_shape).to(memory_format=layout)
+    launchers = launchers_for(backend, "conv2d", "weight_grad", g, grad, layout)
+    return dense(launchers.conv2d_weight_grad(grad, input, g, policy(grad.dtype, grad.device.type)), layout)
+
+
+def _map_geometry(op: str, tensor: Tensor) -> PoolGeometry:
+    """The geometry of an element-wise pass: a window of one element."""
+    one, zero = (1, 1), (0, 0)
+    return PoolGeometry.of(op, tensor.shape, one, one, zero, one, False)
+
+
+@operator("bias_grad(Tensor grad, str backend) -> Tensor")
+def bias_grad(grad: Tensor, backend: str, *, fake: bool) -> Tensor:
+    if fake:
+        return optional_bias(grad, grad.shape[1], True)
+    g = _map_geometry("bias_grad", grad)
+    return launchers_for(backend, "conv2d", "bias_grad", g, grad, geometry.memory_format(grad)).bias_grad(grad)
+
+
+@operator("relu_backward(Tensor grad, Tensor output, bool with_bias, str backend) -> (Tensor, Tensor)")
+def relu_backward(grad: Tensor, output: Tensor, with_bias: bool, backend: str, *, fake: bool) -> tuple[Tensor, Tensor]:
+    layout = geometry.memory_format(grad, output)
+    if fake:
+        return grad.new_empty(grad.shape).to(memory_format=layout), optional_bias(grad, grad.shape[1], with_bias)
+    g = _map_geometry("relu_backward", grad)
+    masked, bias = launchers_for(backend, "relu", "backward", g, grad, layout).relu_backward(grad, output, with_bias)
+    return dense(masked, layout), optional_bias(grad, 0, False) if bias is None else bias

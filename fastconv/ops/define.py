@@ -1,0 +1,60 @@
+"""How an operator is defined: schema, implementation and fake from one function, and the way to its backend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastconv import backends
+from fastconv.backends import Launchers
+from fastconv.geometry import ConvGeometry, PoolGeometry
+from fastconv.precision import policy
+
+_library = torch.library.Library("fastconv", "DEF")
+
+
+def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Define an operator whose function, given `fake=True`, allocates its outputs and computes nothing."""
+    name = schema.partition("(")[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def register(function: Callable[..., Any]) -> Callable[..., Any]:
+        def implementation(*args: Any) -> Any:
+            return function(*args, fake=False)
+
+        def fake(*args: Any) -> Any:
+            return function(*args, fake=True)
+
+        for key in ("CPU", "CUDA"):
+            _library.impl(name, implementation, key)
+        torch.library.register_fake(f"fastconv::{name}", fake, lib=_library)
+        return function
+
+    return register
+
+
+def launchers_for(
+    backend: str, op: str, direction: str, g: ConvGeometry | PoolGeometry, tensor: Tensor, layout: torch.memory_format
+) -> Launchers:
+    if g.is_empty:
+        return backends.load("aten")  # nothing to launch: torch makes the zeros and the empty tensors
+    arithmetic = policy(tensor.dtype, tensor.device.type)
+    return backends.select(backend, op, direction, g, arithmetic, tensor, layout == torch.channels_last)
+
+
+def dense(tensor: Tensor, layout: torch.memory_format) -> Tensor:
+    """`tensor` in exactly the strides that the fake promises, also where sizes of one leave them open."""
+    tensor = tensor.contiguous(memory_format=layout)
+    if layout == torch.channels_last and 1 in tensor.shape[1:]:
+        _, c, h, w = tensor.shape
+        strides = (h * w * c, 1, w * c, c)
+        return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
+    return tensor
+
+
+def optional_bias(like: Tensor, channels: int, wanted: bool) -> Tensor:
+    """The fake of a bias gradient; an empty tensor stands for one that was not asked for."""
+    return like.new_empty(channels if wanted else 0)

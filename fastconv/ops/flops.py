@@ -1,0 +1,74 @@
+"""FLOP formulas for torch.utils.flop_counter, registered when somebody imports it.
+
+That module imports Triton, so that importing it here would make `import fastconv` slow, and warn where Triton is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from fastconv.geometry import ConvGeometry
+
+_COUNTER = "torch.utils.flop_counter"
+Shape = Sequence[int]
+
+
+def _forward(input: Shape, weight: Shape, bias: Shape | None, *conv: Any, out_shape: Any = None, **_: Any) -> int:
+    return ConvGeometry.of("conv2d", input, weight, bias, *conv[:4]).flops()
+
+
+def _forward_with_residual(
+    input: Shape, weight: Shape, bias: Shape | None, residual: Shape | None, *conv: Any, out_shape: Any = None, **_: Any
+) -> int:
+    return ConvGeometry.of("conv2d_relu", input, weight, bias, *conv[:4]).flops()
+
+
+def _input_grad(grad: Shape, weight: Shape, input: Shape, *conv: Any, out_shape: Any = None, **_: Any) -> int:
+    return ConvGeometry.of("conv2d_input_grad", input, weight, None, *conv[:4]).flops()
+
+
+def _weight_grad(grad: Shape, input: Shape, weight: Shape, *conv: Any, out_shape: Any = None, **_: Any) -> int:
+    return ConvGeometry.of("conv2d_weight_grad", input, weight, None, *conv[:4]).flops()
+
+
+def _register() -> None:
+    """A formula gets its operator's arguments, with shapes in the place of tensors."""
+    ops, register = torch.ops.fastconv, sys.modules[_COUNTER].register_flop_formula
+    register([ops.conv2d, ops.conv2d_relu_max_pool2d])(_forward)
+    register([ops.conv2d_relu])(_forward_with_residual)
+    register([ops.conv2d_input_grad])(_input_grad)
+    register([ops.conv2d_weight_grad])(_weight_grad)
+
+
+class _AfterImport(MetaPathFinder):
+    """Finds the counter's module as usual, and registers our formulas once it has run."""
+
+    def find_spec(self, name: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        run = spec.loader.exec_module
+
+        def run_and_register(module: ModuleType) -> None:
+            run(module)
+            _register()
+
+        spec.loader.exec_module = run_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _COUNTER in sys.modules:
+    _register()
+else:
+    sys.meta_path.insert(0, _AfterImport())

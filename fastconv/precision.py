@@ -1,0 +1,42 @@
+"""Which arithmetic a call may use: dtypes, torch's TF32 switch, autocast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What a kernel reads and how it may multiply. Accumulation is always in float32 (float64 for float64).
+
+    Attributes:
+        dtype: of input, weight and output.
+        tf32: float32 products may round their operands to TF32 (CUDA only).
+    """
+
+    dtype: torch.dtype
+    tf32: bool = False
+
+
+def policy(dtype: torch.dtype, device_type: str) -> Policy:
+    """The policy in force for operands of `dtype`: TF32 exactly where torch's own convolutions use it.
+
+    Source: torch.backends.cudnn.conv.fp32_precision (and through it torch.backends.cudnn.allow_tf32).
+    """
+    if device_type != "cuda" or dtype != torch.float32:
+        return Policy(dtype)
+    switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return Policy(dtype, tf32=switch.fp32_precision == "tf32")
+
+
+def autocast(operand: Tensor) -> Tensor:
+    """An operand as autocast would hand it to torch's conv2d: floating-point ones but float64 in its dtype."""
+    device_type = operand.device.type
+    if not torch.amp.is_autocast_available(device_type) or not torch.is_autocast_enabled(device_type):
+        return operand
+    if not operand.is_floating_point() or operand.dtype == torch.float64:
+        return operand
+    return operand.to(torch.get_autocast_dtype(device_type))

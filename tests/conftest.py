@@ -1,0 +1,45 @@
+"""Shared set-up: Triton's interpreter where there is no GPU, fresh random data, poisoned allocations, the `gpu` marker."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
+
+import fastconv
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        on_gpu = "gpu" in item.keywords
+        if on_gpu and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        elif params.get("device") == "cuda" and params.get("backend") == "native":
+            item.add_marker(pytest.mark.skip(reason="the native backend serves CPU tensors"))
+        elif params.get("backend") == "triton" and not on_gpu and torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="Triton's interpreter is off where there is a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def _fresh_and_poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A seed of its own for every test; torch.empty filled with NaN, so that an element nobody wrote shows."""
+    torch.manual_seed(sum(map(ord, request.node.nodeid)))
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    fastconv.use_backend("auto")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    return str(request.param)

@@ -1,0 +1,235 @@
+"""What autograd promises beyond a gradient: second derivatives, torch.func, checkpointing, autocast, frugality."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cases import make
+from tolerances import assert_close
+from torch import Tensor
+from torch.func import functional_call, grad, jacrev, vmap
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import fastconv
+import fastconv.functional as FC
+from fastconv import reference
+
+X, W, B = (2, 4, 7, 6), (6, 2, 3, 3), (6,)
+
+
+def doubles(*shapes: tuple[int, ...]) -> list[Tensor]:
+    return [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+
+
+FUNCTIONS: dict[str, tuple[Callable[..., Any], tuple[tuple[int, ...], ...]]] = {
+    "conv2d": (lambda x, w, b: FC.conv2d(x, w, b, (2, 1), (1, 0), groups=2), (X, W, B)),
+    "conv2d_relu": (
+        lambda x, w, b, r: FC.conv2d_relu(x, w, b, 1, 1, 1, 2, residual=r),
+        (X, W, B, (2, 6, 7, 6)),
+    ),
+    "conv2d_relu_max_pool2d": (lambda x, w, b: FC.conv2d_relu_max_pool2d(x, w, b, 1, 1, 1, 2), (X, W, B)),
+    "conv2d_relu_max_pool2d_3x3": (
+        lambda x, w, b: FC.conv2d_relu_max_pool2d(x, w, b, 1, 1, 1, 2, pool_kernel_size=3, pool_stride=2, pool_padding=1),
+        (X, W, B),
+    ),
+    "max_pool2d": (lambda x: FC.max_pool2d(x, 3, 2, 1), (X,)),
+    "relu_max_pool2d": (lambda x: FC.relu_max_pool2d(x, 2, ceil_mode=True), (X,)),
+    "avg_pool2d": (lambda x: FC.avg_pool2d(x, 3, 2, 1, count_include_pad=False), (X,)),
+    "global_avg_pool2d": (FC.global_avg_pool2d, (X,)),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_gradgradcheck(name: str) -> None:
+    function, shapes = FUNCTIONS[name]
+    args = doubles(*shapes)
+    assert torch.autograd.gradcheck(function, args, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, args, fast_mode=True)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_double_backward_on_every_backend(backend: str) -> None:
+    """A gradient penalty: float32, channels_last, through fused kernels forward and differentiable torch ops back."""
+    x, w = (make(s, torch.float32, "cpu", torch.channels_last) for s in ((2, 8, 8, 8), (8, 8, 3, 3)))
+
+    def penalty(F: Any, x: Tensor, w: Tensor) -> Tensor:
+        y = F.conv2d_relu_max_pool2d(x, w, None, 1, 1)
+        (g,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad(g.square().sum(), w)[0]
+
+    with fastconv.use_backend(backend):
+        got = penalty(FC, x, w)
+    want = penalty(reference, *(t.detach().double().requires_grad_() for t in (x, w)))
+    assert_close(got, want, torch.float32, 9 * 8 * 9 * 8)
+
+
+def test_torch_func() -> None:
+    x, w, b = (t.detach() for t in doubles(X, W, B))
+
+    def loss(F: Any) -> Callable[..., Tensor]:
+        return lambda w, b, x: F.global_avg_pool2d(F.conv2d_relu_max_pool2d(x, w, b, 1, 1, 1, 2)).square().sum()
+
+    for transform in (
+        lambda f: grad(f, (0, 1))(w, b, x),
+        lambda f: vmap(grad(f, (0, 1)), (None, None, 0))(w, b, x),
+        lambda f: jacrev(f)(w, b, x),
+        lambda f: grad(lambda w: grad(f)(w, b, x).square().sum())(w),
+    ):
+        for got, want in zip(transform(loss(FC)), transform(loss(reference)), strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_functional_call_of_a_module() -> None:
+    module = fastconv.nn.ConvReLU2d(4, 6, 3, padding=1).double()
+    params = {name: p.detach() for name, p in module.named_parameters()}
+    (x,) = doubles(X)
+    per_sample = vmap(grad(lambda p, x: functional_call(module, p, x[None]).square().sum()), (None, 0))(params, x.detach())
+    module(x).square().sum().backward()
+    for name, p in module.named_parameters():
+        torch.testing.assert_close(per_sample[name].sum(0), p.grad)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpoint(reentrant: bool) -> None:
+    args = [make(s, torch.float32, "cpu", torch.contiguous_format) for s in (X, W, B)]
+
+    def f(*a: Tensor) -> Tensor:
+        return FC.conv2d_relu_max_pool2d(*a, 1, 1, 1, 2).square().sum()
+
+    want = torch.autograd.grad(f(*args), args)
+    checkpoint(f, *args, use_reentrant=reentrant).backward()
+    assert all(torch.equal(t.grad, g) for t, g in zip(args, want, strict=True))
+
+
+class Recorder(TorchDispatchMode):
+    """The names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("needs", "absent", "saved"),
+    [
+        ((False, True, True), {"conv2d_input_grad"}, (True, False)),
+        ((True, False, False), {"conv2d_weight_grad"}, (False, True)),
+        ((False, False, True), {"conv2d_weight_grad", "conv2d_input_grad"}, (False, False)),
+    ],
+    ids=["first_layer", "frozen", "bias_only"],
+)
+@pytest.mark.parametrize("name", ["conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"])
+def test_only_needed_gradients(name: str, needs: tuple[bool, ...], absent: set[str], saved: tuple[bool, bool]) -> None:
+    args = [
+        make(s, torch.float32, "cpu", torch.channels_last if len(s) == 4 else torch.contiguous_format) for s in (X, W, B)
+    ]
+    for t, need in zip(args, needs, strict=True):
+        t.requires_grad_(need)
+    output = getattr(FC, name)(*args, 1, 1, 1, 2)
+    assert tuple(t is not None for t in output.grad_fn.saved_tensors[:2]) == saved
+    with Recorder() as recorder:
+        output.sum().backward()
+    ran = {name.split(".")[1] for name in recorder.names if name.startswith("fastconv")}
+    assert not ran & absent
+    assert all((t.grad is not None) == need for t, need in zip(args, needs, strict=True))
+
+
+def test_pool_saves_one_byte_an_element() -> None:
+    x = torch.randn(2, 3, 8, 8, requires_grad=True)
+    output = FC.max_pool2d(x, 2)
+    assert [(t.dtype, t.shape) for t in output.grad_fn.saved_tensors] == [(torch.uint8, output.shape)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_torch(dtype: torch.dtype) -> None:
+    x, w, b = (
+        make(s, torch.float32, "cpu", torch.channels_last if len(s) == 4 else torch.contiguous_format) for s in (X, W, B)
+    )
+    residual = torch.randn(2, 6, 7, 6)
+    with torch.autocast("cpu", dtype):
+        output = FC.conv2d_relu(x, w, b, 1, 1, 1, 2, residual=residual)
+        plain = torch.nn.functional.conv2d(x, w, b, 1, 1, 1, 2)
+        pooled, plain_pooled = FC.max_pool2d(x, 2), torch.nn.functional.max_pool2d(x, 2)
+        double = FC.conv2d(*(t.double() for t in (x, w, b)), 1, 1, 1, 2)
+    assert output.dtype == plain.dtype == dtype
+    assert pooled.dtype == plain_pooled.dtype
+    assert double.dtype == torch.float64
+    rounded = [t.detach().to(dtype).double() for t in (x, w, b)]
+    want = reference.conv2d_relu(*rounded, 1, 1, 1, 2, residual=residual.to(dtype).double())
+    assert_close(output, want, dtype, 18)
+    output.sum().backward()
+    assert [t.grad.dtype for t in (x, w, b)] == [torch.float32] * 3
+
+
+def test_nan_and_infinity_propagate_as_in_torch() -> None:
+    x = torch.randn(1, 8, 6, 6).to(memory_format=torch.channels_last)
+    x[0, 0, 0, 0], x[0, 1, 4, 4] = float("nan"), float("inf")
+    w = torch.randn(8, 8, 1, 1)
+    for backend in ("native", "aten", "triton"):
+        with fastconv.use_backend(backend):
+            for name in ("conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"):
+                got, want = getattr(FC, name)(x, w), getattr(reference, name)(x.double(), w.double())
+                assert torch.equal(got.isnan(), want.isnan()), (backend, name)
+                assert torch.equal(got.isinf(), want.isinf()), (backend, name)
+
+
+def test_backend_of_the_forward_serves_the_backward() -> None:
+    x, w = (make(s, torch.float32, "cpu", torch.channels_last) for s in (X, W))
+    with fastconv.use_backend("aten"):
+        output = FC.conv2d_relu(x, w, None, 1, 1, 1, 2)
+    calls: list[str] = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if str(func).startswith("fastconv"):
+                calls.append(args[-1])
+            return func(*args, **(kwargs or {}))
+
+    with Watch():
+        output.sum().backward()
+    assert calls == ["aten"] * 3
+
+
+@pytest.mark.parametrize("backend", ["auto", "aten", "native", "triton"])
+def test_strides_empty_batches_and_unbatched(backend: str) -> None:
+    base = torch.randn(4, 10, 9, 4)
+    views = [
+        base.permute(0, 3, 1, 2),
+        base.permute(0, 3, 2, 1),
+        base.permute(0, 3, 1, 2)[::2],
+        base.permute(0, 3, 1, 2)[..., ::2, 1:],
+        base[:, :1, :1].permute(0, 3, 1, 2).expand(4, 4, 8, 8),
+    ]
+    w, b = torch.randn(6, 2, 3, 3), torch.randn(6)
+    with fastconv.use_backend(backend):
+        for x in views:
+            for name in ("conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"):
+                got = getattr(FC, name)(x, w, b, 1, 1, 1, 2)
+                want = getattr(reference, name)(x.double(), w.double(), b.double(), 1, 1, 1, 2)
+                assert_close(got, want, torch.float32, 18, name)
+            assert torch.equal(FC.max_pool2d(x, 2), reference.max_pool2d(x, 2))
+        empty = torch.randn(0, 4, 8, 8, requires_grad=True)
+        weight = w.clone().requires_grad_()
+        for name, shape in (("conv2d_relu", (0, 6, 8, 8)), ("conv2d_relu_max_pool2d", (0, 6, 4, 4))):
+            output = getattr(FC, name)(empty, weight, b, 1, 1, 1, 2)
+            assert output.shape == shape
+            gx, gw = torch.autograd.grad(output.sum(), (empty, weight))
+            assert gx.shape == empty.shape
+            assert torch.equal(gw, torch.zeros_like(weight))
+        for function in (lambda x: FC.max_pool2d(x, 2), lambda x: FC.avg_pool2d(x, 2), FC.global_avg_pool2d):
+            torch.autograd.grad(function(empty).sum(), empty)
+        x3, residual = torch.randn(4, 8, 8), torch.randn(6, 8, 8)
+        output = FC.conv2d_relu(x3, w, b, 1, 1, 1, 2, residual=residual)
+        want = reference.conv2d_relu(*(t.double() for t in (x3, w, b)), 1, 1, 1, 2, residual=residual.double())
+        assert_close(output, want, torch.float32, 18)
+        pooled, indices = FC.max_pool2d(x3, 2, return_indices=True)
+        assert all(map(torch.equal, (pooled, indices), reference.max_pool2d(x3, 2, return_indices=True)))
+        assert FC.global_avg_pool2d(x3).shape == (4, 1, 1)

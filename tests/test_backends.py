@@ -1,0 +1,106 @@
+"""Selection: what a named backend may do, what `auto` chooses, and what a refusal says."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastconv
+import fastconv.functional as FC
+from fastconv import backends, tuning
+from fastconv.geometry import ConvGeometry, PoolGeometry
+from fastconv.precision import Policy, policy
+
+G = ConvGeometry.of("conv2d", (1, 4, 8, 8), (4, 4, 3, 3), None, (1, 1), (1, 1), (1, 1), 1)
+
+
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_a_named_backend_raises_where_it_cannot_serve(backend: str) -> None:
+    x = torch.randn(1, 4, 8, 8, dtype=torch.float64)
+    with (
+        fastconv.use_backend(backend),
+        pytest.raises(RuntimeError, match=f"conv2d \\(forward\\): backend '{backend}' cannot serve.*float64"),
+    ):
+        FC.conv2d(x, x)
+
+
+def test_use_backend_sets_and_restores() -> None:
+    assert backends.requested() == "auto"
+    with fastconv.use_backend("aten"):
+        assert backends.requested() == "aten"
+        with fastconv.use_backend("native"):
+            assert backends.requested() == "native"
+        assert backends.requested() == "aten"
+    assert backends.requested() == "auto"
+    fastconv.use_backend("native")
+    assert backends.requested() == "native"
+
+
+def test_use_backend_restores_after_an_error() -> None:
+    with pytest.raises(KeyError), fastconv.use_backend("aten"):
+        raise KeyError
+    assert backends.requested() == "auto"
+
+
+def test_pick_orders_backends() -> None:
+    p = Policy(torch.bfloat16)
+    assert tuning.pick("conv2d", "forward", G, p, "NVIDIA H100 sm_90", True) == ("triton", "native", "aten")
+    assert tuning.pick("conv2d", "forward", G, p, "cpu", True) == ("native", "aten")
+    assert tuning.pick("conv2d", "forward", G, p, "cpu", False) == ("aten",)
+
+
+def test_auto_runs_the_native_kernels_on_channels_last() -> None:
+    x = torch.randn(1, 4, 8, 8).to(memory_format=torch.channels_last)
+    assert backends.select("auto", "conv2d", "forward", G, Policy(x.dtype), x, True).NAME == "native"
+    assert backends.select("auto", "conv2d", "forward", G, Policy(torch.float64), x.double(), True).NAME == "aten"
+
+
+def test_the_environment_names_a_backend() -> None:
+    code = "import fastconv.backends as b; print(b.requested())"
+    run = subprocess.run([sys.executable, "-c", code], env={"FASTCONV_BACKEND": "aten"}, capture_output=True, text=True)
+    assert run.stdout.strip() == "aten", run.stderr
+    run = subprocess.run([sys.executable, "-c", code], env={"FASTCONV_BACKEND": "cuda"}, capture_output=True, text=True)
+    assert "FASTCONV_BACKEND: unknown backend 'cuda'; allowed: 'auto', 'triton', 'native', 'aten'" in run.stderr
+
+
+def test_without_triton_or_compiled_library_the_package_works_and_says_why() -> None:
+    code = """
+import sys
+for name in ("triton", "fastconv._C"):
+    sys.modules[name] = None
+import torch, fastconv, fastconv.backends as b
+x = torch.randn(2, 3, 8, 8).to(memory_format=torch.channels_last).requires_grad_()
+fastconv.functional.conv2d_relu_max_pool2d(x, torch.randn(4, 3, 3, 3)).sum().backward()
+for name in ("triton", "native"):
+    with fastconv.use_backend(name):
+        try:
+            fastconv.functional.max_pool2d(x, 2)
+        except RuntimeError as error:
+            print(name, "|", error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    reasons = dict(line.split(" | ") for line in run.stdout.strip().splitlines())
+    assert set(reasons) == {"triton", "native"}
+    assert "pip install" in reasons["native"]
+    assert all("backend" in reason for reason in reasons.values())
+
+
+def test_tf32_follows_torchs_switch() -> None:
+    for allowed in (True, False):
+        with torch.backends.cudnn.flags(allow_tf32=allowed):
+            assert policy(torch.float32, "cuda") == Policy(torch.float32, tf32=allowed)
+            assert policy(torch.bfloat16, "cuda") == Policy(torch.bfloat16)
+            assert policy(torch.float32, "cpu") == Policy(torch.float32)
+
+
+def test_geometries_are_cached_and_describe_themselves() -> None:
+    again = ConvGeometry.of("conv2d", (1, 4, 8, 8), (4, 4, 3, 3), None, (1, 1), (1, 1), (1, 1), 1)
+    assert again is G
+    assert (G.output_shape, G.taps, G.is_empty) == ((1, 4, 8, 8), 9, False)
+    pool = PoolGeometry.of("max_pool2d", (1, 4, 7, 8), (2, 2), (2, 2), (0, 0), (1, 1), False)
+    assert (pool.output_shape, pool.is_2x2, pool.is_overlapping) == ((1, 4, 3, 4), True, False)
+    assert pool.bytes_moved(2) == 2 * (4 * 56 + 4 * 12) + 4 * 12

@@ -1,0 +1,133 @@
+"""Bad input: torch's exception type, and a sentence that names the operator, the argument and what is allowed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastconv
+import fastconv.functional as FC
+
+X, W = torch.randn(1, 4, 8, 8), torch.randn(6, 4, 3, 3)
+
+# (arguments that differ from conv2d(X, W), what the message must name)
+CONV_ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"stride": 0}, "stride=(0, 0)"),
+    ({"stride": (1, 1, 1)}, "stride=(1, 1, 1)"),
+    ({"stride": ()}, "stride=()"),
+    ({"stride": 1.5}, "stride=1.5"),
+    ({"stride": "x"}, "stride='x'"),
+    ({"padding": -1}, "padding=(-1, -1)"),
+    ({"padding": "full"}, "padding='full'"),
+    ({"padding": "same", "stride": 2}, "padding='same'"),
+    ({"dilation": 0}, "dilation=(0, 0)"),
+    ({"groups": 0}, "groups=0"),
+    ({"groups": 5}, "groups=5"),
+    ({"groups": 4}, "groups=4"),
+    ({"groups": 1.0}, "groups=1.0"),
+    ({"input": None}, "input"),
+    ({"input": [1.0]}, "input"),
+    ({"weight": "w"}, "weight"),
+    ({"bias": 3}, "bias"),
+    ({"input": X[0, 0]}, "[8, 8]"),
+    ({"input": X[None]}, "[1, 1, 4, 8, 8]"),
+    ({"input": X[:, :3]}, "to have 4 channels, but got 3"),
+    ({"weight": W[0]}, "[4, 3, 3]"),
+    ({"weight": W[:0]}, "[0, 4, 3, 3]"),
+    ({"weight": W[..., :0]}, "[6, 4, 3, 0]"),
+    ({"weight": torch.randn(6, 4, 9, 9)}, "Kernel size: (9 x 9)"),
+    ({"bias": torch.randn(5)}, "bias of size [5]"),
+    ({"bias": torch.randn(6, 1)}, "bias of size [6, 1]"),
+    ({"weight": W.double()}, "torch.float64"),
+    ({"bias": torch.randn(6).double()}, "bias type (torch.float64)"),
+    ({"input": X[..., :0, :], "padding": 3}, "[1, 4, 0, 8]"),
+]
+
+POOL_ERRORS: list[tuple[dict[str, Any], str]] = [
+    ({"kernel_size": 0}, "kernel_size=(0, 0)"),
+    ({"kernel_size": (2, 2, 2)}, "kernel_size=(2, 2, 2)"),
+    ({"kernel_size": "2"}, "kernel_size='2'"),
+    ({"kernel_size": 9}, "Output size is too small"),
+    ({"stride": 0}, "stride=(0, 0)"),
+    ({"padding": 2}, "padding=(2, 2)"),
+    ({"padding": -1}, "padding=(-1, -1)"),
+    ({"ceil_mode": 1}, "ceil_mode=1"),
+    ({"input": X[None]}, "[1, 1, 4, 8, 8]"),
+    ({"input": X[:, :0]}, "[1, 0, 8, 8]"),
+    ({"input": 3}, "input"),
+]
+
+
+def check(ours: Callable[[], Any], theirs: Callable[[], Any], op: str, words: str) -> None:
+    with pytest.raises((TypeError, RuntimeError)) as expected:
+        theirs()
+    with pytest.raises(expected.type) as caught:
+        ours()
+    assert f"{op}: " in str(caught.value)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("change", "words"), CONV_ERRORS, ids=lambda v: v if isinstance(v, str) else "")
+def test_conv2d(change: dict[str, Any], words: str) -> None:
+    args = {"input": X, "weight": W, **change}
+    for op in ("conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"):
+        check(lambda op=op: getattr(FC, op)(**args), lambda: F.conv2d(**args), op, words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [*POOL_ERRORS, ({"dilation": 0}, "dilation=(0, 0)")], ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_max_pool2d(change: dict[str, Any], words: str) -> None:
+    args = {"input": X, "kernel_size": 2, **change}
+    check(lambda: FC.max_pool2d(**args), lambda: F.max_pool2d(**args), "max_pool2d", words)
+    check(lambda: FC.relu_max_pool2d(**args), lambda: F.max_pool2d(**args), "relu_max_pool2d", words)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [*POOL_ERRORS, ({"divisor_override": 0}, "divisor_override=0")],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_avg_pool2d(change: dict[str, Any], words: str) -> None:
+    args = {"input": X, "kernel_size": 2, **change}
+    check(lambda: FC.avg_pool2d(**args), lambda: F.avg_pool2d(**args), "avg_pool2d", words)
+
+
+def test_fused_pool_arguments_have_their_prefix() -> None:
+    with pytest.raises(RuntimeError, match="pool_kernel_size"):
+        FC.conv2d_relu_max_pool2d(X, W, pool_kernel_size=(1, 2, 3))
+    with pytest.raises(TypeError, match="pool_ceil_mode"):
+        FC.conv2d_relu_max_pool2d(X, W, pool_ceil_mode=0)
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        FC.conv2d_relu_max_pool2d(X, W, pool_kernel_size=7)
+
+
+@pytest.mark.parametrize("shape", [(1, 6, 1, 1), (6, 6, 6), (2, 6, 6, 6)], ids=str)
+def test_residual_is_not_broadcast(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match=r"conv2d_relu: residual must have exactly the output's shape \[1, 6, 6, 6\]"):
+        FC.conv2d_relu(X, W, residual=torch.randn(shape))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64, torch.float8_e4m3fn])
+def test_unserved_dtypes_are_named(dtype: torch.dtype) -> None:
+    x = torch.zeros(1, 4, 8, 8).to(dtype)
+    for call in (lambda: FC.conv2d(x, x), lambda: FC.max_pool2d(x, 2), lambda: FC.global_avg_pool2d(x)):
+        with pytest.raises(RuntimeError, match=f"input has dtype {dtype}; allowed: torch.float64, torch.float32"):
+            call()
+
+
+def test_nothing_is_launched_or_lost_on_an_error() -> None:
+    x = X.clone().requires_grad_()
+    with pytest.raises(RuntimeError):
+        FC.conv2d_relu(x, W, torch.randn(5))
+    assert x.grad is None
+    assert torch.equal(x, X)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match="unknown backend 'cudnn'; allowed: 'auto', 'triton', 'native', 'aten'"):
+        fastconv.use_backend("cudnn")

@@ -1,0 +1,57 @@
+"""The README as a newcomer follows it: each Python block in a fresh process, each `fastconv` command as typed."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+_MINUTES = 60
+
+pytestmark = pytest.mark.slow
+
+
+def _blocks(language: str) -> list[str]:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def _commands() -> list[str]:
+    lines = (line.strip() for block in _blocks("sh") for line in block.splitlines())
+    return [line.split("  #")[0] for line in lines if line.startswith("fastconv ")]
+
+
+def _run(arguments: list[str], folder: Path) -> str:
+    # Not under the interpreter that the tests set up: a newcomer's shell has no such variable.
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        arguments,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=10 * _MINUTES,
+    )
+    assert done.returncode == 0, f"{shlex.join(arguments)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.parametrize("number", range(len(_blocks("python")) if (ROOT / "README.md").exists() else 1))
+def test_python_block(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "block.py"
+    script.write_text(_blocks("python")[number], encoding="utf-8")
+    _run([sys.executable, str(script)], tmp_path)
+
+
+def test_commands(tmp_path: Path) -> None:
+    commands = _commands()
+    assert commands, "the README shows `fastconv` commands in its sh blocks"
+    for command in commands:
+        assert _run([sys.executable, "-m", "fastconv.cli", *shlex.split(command)[1:]], tmp_path).strip()

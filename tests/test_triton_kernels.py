@@ -1,0 +1,259 @@
+"""The Triton backend's launchers against torch in float64, in Triton's interpreter where there is no GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from cases import ConvCase, ids
+from tolerances import assert_close
+from torch import Tensor
+
+from fastconv.backends import aten, triton
+from fastconv.geometry import ConvGeometry, PoolGeometry, pair
+from fastconv.precision import Policy
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+POLICY = Policy(torch.float32)
+
+# One case for each thing that a kernel can get wrong; small, as the interpreter takes 5 ms a step.
+CASES = [
+    ConvCase("3x3", (2, 32, 8, 8), 16, (3, 3), padding=1),
+    ConvCase("1x1", (2, 24, 6, 6), 16, (1, 1)),
+    ConvCase("stem_7x7_s2", (1, 3, 20, 18), 16, (7, 7), stride=2, padding=3),
+    ConvCase("3x3_s2_odd", (2, 16, 9, 7), 16, (3, 3), stride=2, padding=1),
+    ConvCase("stride_2_1", (1, 8, 9, 8), 8, (3, 3), stride=(2, 1), padding=(1, 0)),
+    ConvCase("dilation_2", (1, 8, 10, 10), 8, (3, 3), padding=2, dilation=2),
+    ConvCase("dilation_2_s2", (1, 8, 11, 11), 8, (3, 3), stride=2, padding=1, dilation=(2, 1)),
+    ConvCase("dilation_9_s6", (1, 2, 22, 8), 4, (2, 3), stride=(6, 3), padding=3, dilation=(9, 2)),
+    ConvCase("groups_2", (2, 16, 6, 6), 8, (3, 3), padding=1, groups=2),
+    ConvCase("depthwise", (1, 4, 8, 7), 4, (3, 3), padding=1, groups=4),
+    ConvCase("5x5", (1, 8, 9, 9), 12, (5, 5), padding=2),
+    ConvCase("odd_channels", (2, 5, 7, 6), 7, (3, 3), padding=1),
+    ConvCase("kernel_3x1", (1, 8, 7, 9), 8, (3, 1), padding=(1, 0)),
+    ConvCase("48_taps", (1, 4, 9, 11), 4, (6, 8), padding=(2, 3)),
+    ConvCase("two_blocks_of_channels", (1, 144, 2, 3), 136, (1, 2)),
+    ConvCase("two_blocks_of_pixels", (1, 4, 26, 25), 4, (1, 3), padding=(0, 1)),
+]
+HALF_CASES = [case for case in CASES if case.name in {"3x3", "3x3_s2_odd", "groups_2", "odd_channels"}]
+CASES_AND_DTYPES = [(case, torch.float32) for case in CASES]
+CASES_AND_DTYPES += [(case, dtype) for case in HALF_CASES for dtype in (torch.bfloat16, torch.float16)]
+conv_cases = pytest.mark.parametrize(("case", "dtype"), CASES_AND_DTYPES, ids=ids)
+
+# Input, kernel, stride, padding, dilation, ceil_mode.
+POOLS = {
+    "2x2": ((2, 16, 8, 6), 2, 2, 0, 1, False),
+    "2x2_large": ((1, 3, 50, 88), 2, 2, 0, 1, False),
+    "2x2_odd": ((2, 5, 9, 7), 2, 2, 0, 1, False),
+    "2x2_ceil": ((1, 6, 7, 9), 2, 2, 0, 1, True),
+    "3x3_s2_p1": ((2, 7, 9, 10), 3, 2, 1, 1, False),
+    "3x3_s1_large": ((1, 2, 33, 34), 3, 1, 1, 1, False),
+    "3x2_s1x2": ((1, 4, 6, 7), (3, 2), (1, 2), (1, 0), 1, False),
+    "5x5_s3_p2_ceil": ((1, 3, 11, 12), 5, 3, 2, 1, True),
+    "dilated": ((1, 4, 11, 9), (3, 2), (2, 4), 1, (2, 2), False),
+    "gaps": ((1, 4, 10, 11), 2, 3, 0, 1, False),
+    "window_of_256": ((1, 2, 16, 17), 16, 1, 0, 1, False),
+}
+POOLS_AND_DTYPES = [(name, dtype) for name in POOLS for dtype in DTYPES if dtype == torch.float32 or name != "window_of_256"]
+pool_cases = pytest.mark.parametrize(
+    ("name", "dtype"), POOLS_AND_DTYPES, ids=lambda value: str(value).removeprefix("torch.")
+)
+
+
+def _pool(name: str) -> PoolGeometry:
+    shape, *window, ceil_mode = POOLS[name]
+    return PoolGeometry.of("pool", shape, *(pair("pool", "window", value) for value in window), ceil_mode)
+
+
+def _pool2x2(shape: tuple[int, ...]) -> PoolGeometry:
+    return PoolGeometry.of("pool", shape, (2, 2), (2, 2), (0, 0), (1, 1), False)
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, layout: torch.memory_format = torch.channels_last) -> Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype).to(memory_format=layout)
+
+
+def _exact(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Small integers with NaN and infinities strewn in, and one corner of −inf."""
+    x = torch.randint(-4, 5, shape, device=DEVICE).to(dtype)
+    lot = torch.rand(shape, device=DEVICE)
+    x[lot < 0.04] = float("nan")
+    x[(lot > 0.04) & (lot < 0.07)] = float("inf")
+    x[..., :5, :5] = float("-inf")
+    return x.to(memory_format=torch.channels_last)
+
+
+def _oracle(function: Any, *args: Any) -> Any:
+    """An aten launcher in float64 on the CPU."""
+    return function(*(a.detach().cpu().double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args))
+
+
+def _conv(case: ConvCase) -> ConvGeometry:
+    stride, padding, dilation = (pair("conv", "argument", a) for a in (case.stride, case.padding, case.dilation))
+    return ConvGeometry.of("conv", case.input, case.weight, None, stride, padding, dilation, case.groups)
+
+
+@conv_cases
+def test_forward(case: ConvCase, dtype: torch.dtype) -> None:
+    g, policy = _conv(case), Policy(dtype)
+    x, weight, residual = _random(case.input, dtype), _random(case.weight, dtype), _random(g.output_shape, dtype)
+    bias = torch.randn(case.out_channels, device=DEVICE).to(dtype)
+    terms = g.taps * g.group_in_channels
+    actual = triton.conv2d(x, weight, bias, residual, g, policy, relu=True)
+    assert_close(actual.cpu(), _oracle(aten.conv2d, x, weight, bias, residual, g, policy, True), dtype, terms, "fused")
+    actual = triton.conv2d(x, weight, None, None, g, policy, relu=False)
+    assert_close(actual.cpu(), _oracle(aten.conv2d, x, weight, None, None, g, policy, False), dtype, terms, "bare")
+
+
+@conv_cases
+def test_input_grad(case: ConvCase, dtype: torch.dtype) -> None:
+    g, policy = _conv(case), Policy(dtype)
+    grad, weight = _random(g.output_shape, dtype), _random(case.weight, dtype)
+    actual = triton.conv2d_input_grad(grad, weight, g, policy)
+    expected = _oracle(aten.conv2d_input_grad, grad, weight, g, policy)
+    assert_close(actual.cpu(), expected, dtype, g.taps * g.group_out_channels)
+
+
+@conv_cases
+def test_weight_grad(case: ConvCase, dtype: torch.dtype) -> None:
+    g, policy = _conv(case), Policy(dtype)
+    grad, x = _random(g.output_shape, dtype), _random(case.input, dtype)
+    actual = triton.conv2d_weight_grad(grad, x, g, policy)
+    assert_close(actual.cpu(), _oracle(aten.conv2d_weight_grad, grad, x, g, policy), dtype, g.out_pixels)
+    assert torch.equal(actual, triton.conv2d_weight_grad(grad, x, g, policy)), "not the same result twice"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("name", ["3x3", "3x3_s2_odd", "groups_2", "odd_channels", "two_blocks_of_pixels"])
+def test_forward_with_pool(name: str, dtype: torch.dtype) -> None:
+    """Values are the oracle's; the code names an element that reaches the maximum to within the same tolerance."""
+    case = next(c for c in CASES if c.name == name)
+    g, policy = _conv(case), Policy(dtype)
+    pool = _pool2x2(g.output_shape)
+    x, weight = _random(case.input, dtype), _random(case.weight, dtype)
+    bias = torch.randn(case.out_channels, device=DEVICE).to(dtype)
+    y, code = triton.conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy)
+    expected, _ = _oracle(aten.conv2d_relu_max_pool2d, x, weight, bias, g, pool, policy)
+    assert_close(y.cpu(), expected, dtype, g.taps * g.group_in_channels, "values")
+    unpooled = _oracle(aten.conv2d, x, weight, bias, None, g, policy, False)
+    named = unpooled.flatten(2).gather(2, aten.code_to_indices(code.cpu(), pool).flatten(2)).view_as(expected)
+    named.masked_fill_(code.cpu() == 0, 0)
+    assert_close(named.to(dtype), expected, dtype, g.taps * g.group_in_channels, "elements that the codes name")
+    assert code.max() <= 4
+
+
+def test_forward_with_another_pool() -> None:
+    case = CASES[0]
+    g = _conv(case)
+    pool = PoolGeometry.of("pool", g.output_shape, (3, 3), (2, 2), (1, 1), (1, 1), False)
+    x, weight = _random(case.input, torch.float32), _random(case.weight, torch.float32)
+    y, code = triton.conv2d_relu_max_pool2d(x, weight, None, g, pool, POLICY)
+    expected, expected_code = _oracle(aten.conv2d_relu_max_pool2d, x, weight, None, g, pool, POLICY)
+    assert_close(y.cpu(), expected, torch.float32, g.taps * g.in_channels)
+    assert torch.equal(code.cpu(), expected_code)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+def test_nonfinite_forward(dtype: torch.dtype) -> None:
+    """A 1×1 convolution by the identity hands NaN, infinities and ties to the epilogues exactly as they are."""
+    x = _exact((2, 3, 8, 8), dtype)
+    x[..., 5:, 5:] = float("nan")
+    weight = torch.ones(3, 1, 1, 1, device=DEVICE, dtype=dtype)
+    g = ConvGeometry.of("conv", x.shape, weight.shape, None, (1, 1), (0, 0), (1, 1), 3)
+    y = triton.conv2d(x, weight, None, None, g, Policy(dtype), relu=True)
+    torch.testing.assert_close(y, x.relu(), rtol=0, atol=0, equal_nan=True)
+    pool = _pool2x2(g.output_shape)
+    pooled, code = triton.conv2d_relu_max_pool2d(x, weight, None, g, pool, Policy(dtype))
+    expected, expected_code = aten.max_pool2d(x, pool, relu=True)
+    torch.testing.assert_close(pooled, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(code, expected_code)
+
+
+def test_any_strides() -> None:
+    """NCHW operands, a transposed view and an expanded one."""
+    case = CASES[0]
+    g = _conv(case)
+    x = _random((8, 8, 32, 2), torch.float32, torch.contiguous_format).permute(3, 2, 1, 0)
+    weight = _random(case.weight, torch.float32, torch.contiguous_format)
+    grad = torch.randn(1, case.out_channels, 1, 1, device=DEVICE).expand(g.output_shape)
+    y = triton.conv2d(x, weight, None, None, g, POLICY, relu=False)
+    assert_close(y.cpu(), _oracle(aten.conv2d, x, weight, None, None, g, POLICY, False), torch.float32, 288)
+    grad_x = triton.conv2d_input_grad(grad, weight, g, POLICY)
+    assert_close(grad_x.cpu(), _oracle(aten.conv2d_input_grad, grad, weight, g, POLICY), torch.float32, 144)
+    grad_weight = triton.conv2d_weight_grad(grad, x, g, POLICY)
+    assert_close(grad_weight.cpu(), _oracle(aten.conv2d_weight_grad, grad, x, g, POLICY), torch.float32, 128)
+    assert y.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("shape", [(2, 5, 7, 6), (1, 144, 5, 5), (1, 3, 50, 61)])
+def test_relu_backward_and_bias_grad(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    pixels = shape[0] * shape[2] * shape[3]
+    grad, output = _random(shape, dtype), _exact(shape, dtype).relu()
+    masked, sums = triton.relu_backward(grad, output, with_bias=True)
+    expected = torch.where(output <= 0, 0, grad)
+    assert torch.equal(masked, expected)
+    assert_close(sums.cpu(), expected.cpu().double().sum((0, 2, 3)), dtype, pixels, "bias with a mask")
+    masked, sums = triton.relu_backward(grad, output, with_bias=False)
+    assert torch.equal(masked, expected) and sums is None
+    assert_close(triton.bias_grad(grad).cpu(), _oracle(aten.bias_grad, grad), dtype, pixels, "bias")
+
+
+@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
+@pool_cases
+def test_max_pool(name: str, dtype: torch.dtype, relu: bool) -> None:
+    """Values and winners are torch's own, with ties, NaN, infinities and windows of −inf alone."""
+    pool = _pool(name)
+    x = _exact(pool.input_shape, dtype)
+    y, code = triton.max_pool2d(x, pool, relu)
+    expected, expected_code = aten.max_pool2d(x, pool, relu)
+    torch.testing.assert_close(y, expected, rtol=0, atol=0, equal_nan=True)
+    assert code.dtype == pool.code_dtype
+    assert torch.equal(code, expected_code)
+
+
+@pool_cases
+def test_max_pool_backward(name: str, dtype: torch.dtype) -> None:
+    pool = _pool(name)
+    _, code = aten.max_pool2d(_random(pool.input_shape, dtype), pool, relu=True)
+    grad = _random(pool.output_shape, dtype)
+    grad_x, sums = triton.max_pool2d_backward(grad, code, pool, with_bias=True)
+    expected, expected_sums = _oracle(aten.max_pool2d_backward, grad, code.cpu(), pool, True)
+    assert_close(grad_x.cpu(), expected, dtype, pool.positions)
+    assert_close(sums.cpu(), expected_sums, dtype, pool.out_height * pool.out_width * pool.batch, "bias")
+    again, no_sums = triton.max_pool2d_backward(grad, code, pool, with_bias=False)
+    assert torch.equal(again, grad_x) and no_sums is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("divisor", [(True, None), (False, None), (True, 7)], ids=["pad", "no_pad", "override"])
+@pytest.mark.parametrize("name", ["2x2_odd", "3x3_s2_p1", "3x2_s1x2", "5x5_s3_p2_ceil", "gaps"])
+def test_avg_pool(name: str, divisor: tuple[bool, int | None], dtype: torch.dtype) -> None:
+    pool = _pool(name)
+    x, grad = _random(pool.input_shape, dtype), _random(pool.output_shape, dtype)
+    y = triton.avg_pool2d(x, pool, *divisor)
+    assert_close(y.cpu(), _oracle(aten.avg_pool2d, x, pool, *divisor), dtype, pool.positions, "forward")
+    grad_x = triton.avg_pool2d_backward(grad, pool, *divisor)
+    expected = _oracle(aten.avg_pool2d_backward, grad, pool, *divisor)
+    assert_close(grad_x.cpu(), expected, dtype, pool.positions, "backward")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("shape", [(2, 5, 7, 9), (3, 144, 1, 1), (1, 16, 40, 40)])
+def test_global_avg_pool(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    x, grad = _random(shape, dtype), _random((*shape[:2], 1, 1), dtype)
+    area = shape[2] * shape[3]
+    assert_close(triton.global_avg_pool2d(x).cpu(), _oracle(aten.global_avg_pool2d, x), dtype, area, "forward")
+    grad_x = triton.global_avg_pool2d_backward(grad, *shape[2:])
+    assert_close(grad_x.cpu(), _oracle(aten.global_avg_pool2d_backward, grad, *shape[2:]), dtype, 1, "backward")
+
+
+def test_supports() -> None:
+    g = _conv(CASES[0])
+    assert triton.supports("conv2d", "forward", g, POLICY, DEVICE) is None
+    assert "float64" in str(triton.supports("conv2d", "forward", g, Policy(torch.float64), DEVICE))
+    assert "CUDA tensor" in str(triton.supports("conv2d", "forward", g, POLICY, "xpu"))
+    huge = ConvGeometry.of("conv", (2**16, 1, 2**8, 2**8), (1, 1, 1, 1), None, (1, 1), (0, 0), (1, 1), 1)
+    assert "pixels" in str(triton.supports("conv2d", "forward", huge, POLICY, DEVICE))
