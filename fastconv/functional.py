@@ -59,7 +59,7 @@ def conv2d(
     """
     op = "conv2d"
     (x, w, b, _), args, batched = _conv_operands(op, input, weight, bias, None, stride, padding, dilation, groups)
-    output = autograd.Conv2d.apply(x, w, b, args, backends.requested())
+    output = autograd.apply(autograd.Conv2d, x, w, b, args, backends.requested())
     return output if batched else output.squeeze(0)
 
 
@@ -85,7 +85,7 @@ def conv2d_relu(
     """
     op = "conv2d_relu"
     (x, w, b, r), args, batched = _conv_operands(op, input, weight, bias, residual, stride, padding, dilation, groups)
-    output = autograd.Conv2dReLU.apply(x, w, b, r, args, backends.requested())
+    output = autograd.apply(autograd.Conv2dReLU, x, w, b, r, args, backends.requested())
     return output if batched else output.squeeze(0)
 
 
@@ -121,7 +121,7 @@ def conv2d_relu_max_pool2d(
     op = "conv2d_relu_max_pool2d"
     pool = _pool_args(op, pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode, prefix="pool_")
     (x, w, b, _), args, batched = _conv_operands(op, input, weight, bias, None, stride, padding, dilation, groups)
-    output, _ = autograd.Conv2dReLUMaxPool2d.apply(x, w, b, args, pool, backends.requested())
+    output, _ = autograd.apply(autograd.Conv2dReLUMaxPool2d, x, w, b, args, pool, backends.requested())
     return output if batched else output.squeeze(0)
 
 
@@ -197,7 +197,7 @@ def avg_pool2d(
     args = _pool_args(op, kernel_size, stride, padding, 1, ceil_mode)
     geometry.check_bool(op, "count_include_pad", count_include_pad)
     x, batched = _batched(op, input)
-    output = autograd.AvgPool2d.apply(x, args, count_include_pad, divisor_override, backends.requested())
+    output = autograd.apply(autograd.AvgPool2d, x, args, count_include_pad, divisor_override, backends.requested())
     return output if batched else output.squeeze(0)
 
 
@@ -213,7 +213,7 @@ def global_avg_pool2d(input: Tensor) -> Tensor:
     Source: Lin, Chen & Yan, Network in network, arXiv:1312.4400.
     """
     x, batched = _batched("global_avg_pool2d", input)
-    output = autograd.GlobalAvgPool2d.apply(x, backends.requested())
+    output = autograd.apply(autograd.GlobalAvgPool2d, x, backends.requested())
     return output if batched else output.squeeze(0)
 
 
@@ -287,5 +287,5 @@ def _max_pool2d(
 ) -> tuple[Tensor, Tensor, PoolArgs]:
     args = _pool_args(op, kernel_size, stride, padding, dilation, ceil_mode)
     x, batched = _batched(op, input)
-    output, code = autograd.MaxPool2d.apply(x, args, relu, backends.requested())
+    output, code = autograd.apply(autograd.MaxPool2d, x, args, relu, backends.requested())
     return (output if batched else output.squeeze(0)), code, args
