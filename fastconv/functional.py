@@ -154,7 +154,7 @@ def max_pool2d(
     Args:
         input: (N, C, H, W) or (C, H, W).
         kernel_size, stride, dilation: int or pair, 1 and more; stride is kernel_size by default.
-        padding: int or pair, minus infinity at each side, at most half of the window's reach.
+        padding: int or pair, minus infinity at each side, at most half of kernel_size.
         ceil_mode: count a last window that is only partly inside.
         return_indices: also return torch's indices into the flattened H · W map.
 

@@ -212,6 +212,18 @@ def test_max_pool2d(
     check_layout(got, output)
 
 
+@pytest.mark.parametrize("backend", ["aten", "native", "triton"])
+def test_a_window_without_a_pixel_has_no_winner(backend: str, device: str) -> None:
+    """Dilation steps over the whole map; torch returns an index that lies outside it."""
+    x = torch.randn(1, 2, 4, 4, device=device).to(memory_format=torch.channels_last).requires_grad_()
+    with fastconv.use_backend(backend):
+        output, indices = FC.max_pool2d(x, 2, 1, 1, 5, return_indices=True)
+    assert torch.equal(output, torch.full_like(output, float("-inf")))
+    assert (saved_code(output) == 0).all()
+    assert ((indices >= 0) & (indices < 16)).all()
+    assert torch.equal(torch.autograd.grad(output.sum(), x)[0], torch.zeros_like(x))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rule", [(True, None), (False, None), (True, 3)], ids=["with_pad", "without_pad", "divisor"])
 @pytest.mark.parametrize(("case", "dtype", "backend"), list(pool_runs()))

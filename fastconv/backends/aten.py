@@ -109,9 +109,17 @@ def max_pool2d_backward(grad: Tensor, code: Tensor, pool: PoolGeometry, with_bia
 def indices_to_code(indices: Tensor, pool: PoolGeometry) -> Tensor:
     """torch's flat indices into a map of the input as codes of the window."""
     top, left = _window_origins(pool, indices.device)
+    # Dilation can step over a small map: torch's index of such a window, which has no pixel, lies outside the map.
+    first_row, first_column = _first_inside(top, pool.dilation_h), _first_inside(left, pool.dilation_w)
+    no_pixel = (first_row >= pool.height) | (first_column >= pool.width)
     row = torch.div(indices // pool.width - top, pool.dilation_h, rounding_mode="floor")
     column = torch.div(indices % pool.width - left, pool.dilation_w, rounding_mode="floor")
-    return (1 + row * pool.kernel_width + column).to(pool.code_dtype)
+    return (1 + row * pool.kernel_width + column).masked_fill_(no_pixel, 0).to(pool.code_dtype)
+
+
+def _first_inside(start: Tensor, dilation: int) -> Tensor:
+    """The first coordinate of a window's row or column that is not negative."""
+    return torch.where(start < 0, start % dilation, start)
 
 
 def code_to_indices(code: Tensor, pool: PoolGeometry) -> Tensor:
@@ -120,8 +128,8 @@ def code_to_indices(code: Tensor, pool: PoolGeometry) -> Tensor:
     offset = (code.long() - 1).clamp_(min=0)
     row = top + offset // pool.kernel_width * pool.dilation_h
     column = left + offset % pool.kernel_width * pool.dilation_w
-    first_row = torch.where(top < 0, top % pool.dilation_h, top)
-    first_column = torch.where(left < 0, left % pool.dilation_w, left)
+    first_row = _first_inside(top, pool.dilation_h).clamp_(max=pool.height - 1)
+    first_column = _first_inside(left, pool.dilation_w).clamp_(max=pool.width - 1)
     closed = code == 0
     return torch.where(closed, first_row, row) * pool.width + torch.where(closed, first_column, column)
 

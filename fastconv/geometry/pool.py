@@ -138,10 +138,9 @@ def _build_pool(
     if ph < 0 or pw < 0:
         raise RuntimeError(f"{op}: pad must be non-negative, got padding={padding}")
     reach_h, reach_w = dh * (kh - 1) + 1, dw * (kw - 1) + 1
-    if 2 * ph > reach_h or 2 * pw > reach_w:
+    if 2 * ph > kh or 2 * pw > kw:
         raise RuntimeError(
-            f"{op}: pad should be at most half of effective kernel size, "
-            f"got padding={padding}, kernel_size={kernel_size}, dilation={dilation}"
+            f"{op}: pad should be at most half of kernel size, got padding={padding}, kernel_size={kernel_size}"
         )
     if len(input_shape) != 4 or any(size == 0 for size in input_shape[1:]):
         raise RuntimeError(

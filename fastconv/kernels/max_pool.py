@@ -31,7 +31,10 @@ def max_pool_kernel(
     first_row = (tl.maximum(-top, 0) + DILATION_H - 1) // DILATION_H
     first_column = (tl.maximum(-left, 0) + DILATION_W - 1) // DILATION_W
     best = tl.full((BLOCK_M, BLOCK_C), float("-inf"), dtype=tl.float32)
-    code = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32) + (1 + first_row * KW + first_column)[:, None]
+    # Dilation can step over a small map: such a window has no pixel and no winner.
+    has_pixel = inside(top + first_row * DILATION_H, height) & inside(left + first_column * DILATION_W, width)
+    first = tl.where(has_pixel, 1 + first_row * KW + first_column, 0)
+    code = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.int32) + first[:, None]
     for position in range(KH * KW):
         row = position // KW * DILATION_H
         column = position % KW * DILATION_W
