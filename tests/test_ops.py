@@ -145,6 +145,36 @@ def test_compiled_backward_runs_our_operators() -> None:
     assert {f"fastconv.{op}.default" for op in ("conv2d_weight_grad", "relu_backward", "max_pool2d_backward")} <= backward
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layers", ["recipe", "vgg"])
+def test_inductor_trains_a_whole_net(layers: str) -> None:
+    """torch.compile's own backend: our operators keep their strides between generated kernels."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    net = fastconv.models.recipe_net(32, width=16, max_width=32) if layers == "recipe" else fastconv.models.vgg(11)
+    net = net.to(memory_format=torch.channels_last).eval()  # no dropout
+    x = torch.randn(2, 3, 32, 32).to(memory_format=torch.channels_last)
+    compiled = torch.compile(net, fullgraph=True)
+    grads = []
+    for run in (net, compiled):
+        net.zero_grad()
+        output = run(x)
+        output.square().sum().backward()
+        grads.append([output.detach(), *(p.grad for p in net.parameters())])
+    for eager, traced in zip(*grads, strict=True):
+        torch.testing.assert_close(traced, eager, rtol=1e-3, atol=1e-3 * eager.abs().max().item())
+
+
+def test_export() -> None:
+    net = fastconv.models.recipe_net(32, width=16, max_width=32).eval()
+    x = torch.randn(2, 3, 32, 32)
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(net, (x,), dynamic_shapes=({0: batch},))
+    assert any("fastconv.conv2d_relu_max_pool2d" in str(node.target) for node in program.graph.nodes)
+    x = torch.randn(5, 3, 32, 32)
+    assert torch.equal(program.module()(x), net(x))
+
+
 def test_flop_counter_counts_as_for_torch() -> None:
     args = operands()
     with FlopCounterMode(display=False) as ours:
