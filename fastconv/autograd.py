@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 import fastconv.ops  # noqa: F401  (defines torch.ops.fastconv)
@@ -42,6 +43,8 @@ def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
     """function.apply(*args), without the 25 µs that torch takes to bind default arguments, of which there are none."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
+    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+        return function.forward(*args)  # nothing is recorded
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
@@ -56,11 +59,10 @@ def _conv_grads(ctx: Any, grad: Tensor, input: Tensor | None, weight: Tensor | N
         if need_weight:
             grad_weight = conv2d_weight(input, ctx.weight_shape, grad, *args)
         return grad_input, grad_weight
-    if need_input:
-        grad_input = ops.conv2d_input_grad.default(grad, weight, ctx.input_shape, *args, ctx.backend)
-    if need_weight:
-        grad_weight = ops.conv2d_weight_grad.default(grad, input, ctx.weight_shape, *args, ctx.backend)
-    return grad_input, grad_weight
+    if need_input or need_weight:
+        shapes = (ctx.input_shape, ctx.weight_shape)
+        grad_input, grad_weight = ops.conv2d_backward.default(grad, input, weight, *shapes, *args, ctx.backend)
+    return grad_input if need_input else None, grad_weight if need_weight else None
 
 
 def _relu_backward(ctx: Any, grad: Tensor, output: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:

@@ -38,8 +38,9 @@ def samples(op: str, device: str, layout: torch.memory_format) -> list[tuple[Any
         "conv2d": [(t(X), t(W), bias, *CONV), (t(X), t(W), None, *CONV)],
         "conv2d_relu": [(t(X), t(W), bias, t(MAP), *CONV), (t(X), t(W), None, None, *CONV)],
         "conv2d_relu_max_pool2d": [(t(X), t(W), bias, *CONV, [2, 2], [2, 2], [0, 0], [1, 1], False)],
-        "conv2d_input_grad": [(t(MAP), t(W), list(X), *CONV)],
-        "conv2d_weight_grad": [(t(MAP), t(X), list(W), *CONV)],
+        "conv2d_backward": [
+            (t(MAP), *operands, list(X), list(W), *CONV) for operands in ((t(X), t(W)), (None, t(W)), (t(X), None))
+        ],
         "bias_grad": [(t(MAP),)],
         "relu_backward": [(t(MAP), t(MAP), True), (t(MAP), t(MAP), False)],
         "max_pool2d": [
@@ -59,8 +60,7 @@ OPERATORS = [
     "conv2d",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
-    "conv2d_input_grad",
-    "conv2d_weight_grad",
+    "conv2d_backward",
     "bias_grad",
     "relu_backward",
     "max_pool2d",
@@ -142,7 +142,7 @@ def test_compiled_backward_runs_our_operators() -> None:
     torch.compile(net, fullgraph=True, backend=backend)(*operands(), FC).sum().backward()
     forward, backward = graphs
     assert {f"fastconv.{op}.default" for op in ("conv2d", "conv2d_relu", "conv2d_relu_max_pool2d", "max_pool2d")} <= forward
-    assert {f"fastconv.{op}.default" for op in ("conv2d_weight_grad", "relu_backward", "max_pool2d_backward")} <= backward
+    assert {f"fastconv.{op}.default" for op in ("conv2d_backward", "relu_backward", "max_pool2d_backward")} <= backward
 
 
 @pytest.mark.slow
@@ -194,4 +194,4 @@ def test_profiler_shows_readable_names() -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         net(*operands(), FC).sum().backward()
     names = {event.key for event in profile.key_averages()}
-    assert {"fastconv::conv2d_relu_max_pool2d", "fastconv::conv2d_weight_grad", "fastconv::relu_backward"} <= names
+    assert {"fastconv::conv2d_relu_max_pool2d", "fastconv::conv2d_backward", "fastconv::relu_backward"} <= names

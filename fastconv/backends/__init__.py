@@ -67,6 +67,11 @@ class Launchers(Protocol):
     def conv2d_weight_grad(self, grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
         """torch.nn.grad.conv2d_weight."""
 
+    def conv2d_backward(
+        self, grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy
+    ) -> tuple[Tensor, Tensor]:
+        """(conv2d_input_grad, conv2d_weight_grad), for those whom doing both at once spares something."""
+
     def bias_grad(self, grad: Tensor) -> Tensor:
         """grad.sum((0, 2, 3))."""
 

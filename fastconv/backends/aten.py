@@ -73,6 +73,11 @@ def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy)
     return _conv2d_backward(grad, x, shape_only, g, [False, True, False])[1]
 
 
+def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> tuple[Tensor, Tensor]:
+    grad_input, grad_weight, _ = _conv2d_backward(grad, x, weight, g, [True, True, False])
+    return grad_input, grad_weight
+
+
 def bias_grad(grad: Tensor) -> Tensor:
     return grad.sum((0, 2, 3))
 

@@ -101,6 +101,10 @@ def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy)
     return aten.conv2d_weight_grad(_dense(grad), _dense(x), g, policy)
 
 
+def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> tuple[Tensor, Tensor]:
+    return aten.conv2d_backward(_dense(grad), _dense(x), weight, g, policy)
+
+
 def bias_grad(grad: Tensor) -> Tensor:
     output = grad.new_empty(grad.shape[1])
     _kernel("bias_grad")(_dense(grad), output)

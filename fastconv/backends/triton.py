@@ -173,6 +173,11 @@ def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy)
     return grad_weight if splits == 1 else _sum_rows(slabs, grad_weight)
 
 
+def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> tuple[Tensor, Tensor]:
+    grad = _nhwc(grad)
+    return conv2d_input_grad(grad, weight, g, policy), conv2d_weight_grad(grad, x, g, policy)
+
+
 def bias_grad(grad: Tensor) -> Tensor:
     return _gated_sums(grad, None)
 

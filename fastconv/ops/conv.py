@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastconv import geometry
 from fastconv.geometry import ConvGeometry, PoolGeometry
-from fastconv.ops.define import dense, launchers_for, operator, optional_bias
+from fastconv.ops.define import absent, dense, launchers_for, operator, optional_bias
 from fastconv.precision import policy
 
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -124,32 +124,15 @@ def conv2d_relu_max_pool2d(
     return dense(output, layout), dense(code, layout)
 
 
-@operator(f"conv2d_input_grad(Tensor grad, Tensor weight, SymInt[] input_shape, {_CONV}, str backend) -> Tensor")
-def conv2d_input_grad(
+@operator(
+    "conv2d_backward(Tensor grad, Tensor? input, Tensor? weight, SymInt[] input_shape, SymInt[] weight_shape, "
+    f"{_CONV}, str backend) -> (Tensor, Tensor)"
+)
+def conv2d_backward(
     grad: Tensor,
-    weight: Tensor,
+    input: Tensor | None,
+    weight: Tensor | None,
     input_shape: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    backend: str,
-    *,
-    fake: bool,
-) -> Tensor:
-    op = "conv2d_input_grad"
-    g = ConvGeometry.of(op, input_shape, weight.shape, None, stride, padding, dilation, groups)
-    layout = geometry.memory_format(grad, weight)
-    if fake:
-        return grad.new_empty(g.input_shape).to(memory_format=layout)
-    launchers = launchers_for(backend, "conv2d", "input_grad", g, grad, layout)
-    return dense(launchers.conv2d_input_grad(grad, weight, g, policy(grad.dtype, grad.device.type)), layout)
-
-
-@operator(f"conv2d_weight_grad(Tensor grad, Tensor input, SymInt[] weight_shape, {_CONV}, str backend) -> Tensor")
-def conv2d_weight_grad(
-    grad: Tensor,
-    input: Tensor,
     weight_shape: Sequence[int],
     stride: Sequence[int],
     padding: Sequence[int],
@@ -158,14 +141,29 @@ def conv2d_weight_grad(
     backend: str,
     *,
     fake: bool,
-) -> Tensor:
-    op = "conv2d_weight_grad"
-    g = ConvGeometry.of(op, input.shape, weight_shape, None, stride, padding, dilation, groups)
-    layout = geometry.memory_format(grad, input)
+) -> tuple[Tensor, Tensor]:
+    """(input gradient, weight gradient): the first where a weight is given, the second where an input is, else empty."""
+    g = ConvGeometry.of("conv2d_backward", input_shape, weight_shape, None, stride, padding, dilation, groups)
+    arithmetic = policy(grad.dtype, grad.device.type)
+    input_layout = geometry.memory_format(grad) if weight is None else geometry.memory_format(grad, weight)
+    weight_layout = geometry.memory_format(grad) if input is None else geometry.memory_format(grad, input)
+    grad_input = grad_weight = absent(grad)
     if fake:
-        return grad.new_empty(g.weight_shape).to(memory_format=layout)
-    launchers = launchers_for(backend, "conv2d", "weight_grad", g, grad, layout)
-    return dense(launchers.conv2d_weight_grad(grad, input, g, policy(grad.dtype, grad.device.type)), layout)
+        if weight is not None:
+            grad_input = grad.new_empty(g.input_shape).to(memory_format=input_layout)
+        if input is not None:
+            grad_weight = grad.new_empty(g.weight_shape).to(memory_format=weight_layout)
+        return grad_input, grad_weight
+    for_input = launchers_for(backend, "conv2d", "input_grad", g, grad, input_layout)
+    for_weight = launchers_for(backend, "conv2d", "weight_grad", g, grad, weight_layout)
+    if weight is not None and input is not None and for_input is for_weight:
+        grad_input, grad_weight = for_input.conv2d_backward(grad, input, weight, g, arithmetic)
+        return dense(grad_input, input_layout), dense(grad_weight, weight_layout)
+    if weight is not None:
+        grad_input = dense(for_input.conv2d_input_grad(grad, weight, g, arithmetic), input_layout)
+    if input is not None:
+        grad_weight = dense(for_weight.conv2d_weight_grad(grad, input, g, arithmetic), weight_layout)
+    return grad_input, grad_weight
 
 
 def _map_geometry(op: str, tensor: Tensor) -> PoolGeometry:
@@ -189,4 +187,4 @@ def relu_backward(grad: Tensor, output: Tensor, with_bias: bool, backend: str, *
         return grad.new_empty(grad.shape).to(memory_format=layout), optional_bias(grad, grad.shape[1], with_bias)
     g = _map_geometry("relu_backward", grad)
     masked, bias = launchers_for(backend, "relu", "backward", g, grad, layout).relu_backward(grad, output, with_bias)
-    return dense(masked, layout), optional_bias(grad, 0, False) if bias is None else bias
+    return dense(masked, layout), absent(grad) if bias is None else bias

@@ -55,6 +55,11 @@ def dense(tensor: Tensor, layout: torch.memory_format) -> Tensor:
     return tensor
 
 
+def absent(like: Tensor) -> Tensor:
+    """What stands for an output that was not asked for: schemas have no optional outputs."""
+    return like.new_empty(0)
+
+
 def optional_bias(like: Tensor, channels: int, wanted: bool) -> Tensor:
-    """The fake of a bias gradient; an empty tensor stands for one that was not asked for."""
-    return like.new_empty(channels if wanted else 0)
+    """The fake of a bias gradient."""
+    return like.new_empty(channels) if wanted else absent(like)

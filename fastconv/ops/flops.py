@@ -31,12 +31,18 @@ def _forward_with_residual(
     return ConvGeometry.of("conv2d_relu", input, weight, bias, *conv[:4]).flops()
 
 
-def _input_grad(grad: Shape, weight: Shape, input: Shape, *conv: Any, out_shape: Any = None, **_: Any) -> int:
-    return ConvGeometry.of("conv2d_input_grad", input, weight, None, *conv[:4]).flops()
-
-
-def _weight_grad(grad: Shape, input: Shape, weight: Shape, *conv: Any, out_shape: Any = None, **_: Any) -> int:
-    return ConvGeometry.of("conv2d_weight_grad", input, weight, None, *conv[:4]).flops()
+def _backward(
+    grad: Shape,
+    input: Shape | None,
+    weight: Shape | None,
+    input_shape: Shape,
+    weight_shape: Shape,
+    *conv: Any,
+    out_shape: Any = None,
+    **_: Any,
+) -> int:
+    gradients = sum(operand is not None for operand in (input, weight))
+    return gradients * ConvGeometry.of("conv2d_backward", input_shape, weight_shape, None, *conv[:4]).flops()
 
 
 def _register() -> None:
@@ -44,8 +50,7 @@ def _register() -> None:
     ops, register = torch.ops.fastconv, sys.modules[_COUNTER].register_flop_formula
     register([ops.conv2d, ops.conv2d_relu_max_pool2d])(_forward)
     register([ops.conv2d_relu])(_forward_with_residual)
-    register([ops.conv2d_input_grad])(_input_grad)
-    register([ops.conv2d_weight_grad])(_weight_grad)
+    register([ops.conv2d_backward])(_backward)
 
 
 class _AfterImport(MetaPathFinder):

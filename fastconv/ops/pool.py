@@ -10,7 +10,7 @@ from torch import Tensor
 from fastconv import geometry
 from fastconv.backends import aten
 from fastconv.geometry import PoolGeometry
-from fastconv.ops.define import dense, launchers_for, operator, optional_bias
+from fastconv.ops.define import absent, dense, launchers_for, operator, optional_bias
 
 _POOL = "int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode"
 
@@ -70,7 +70,7 @@ def max_pool2d_backward(
         return unpooled, optional_bias(grad, grad.shape[1], with_bias)
     launchers = launchers_for(backend, op, "backward", pool, grad, layout)
     unpooled, bias = launchers.max_pool2d_backward(grad, code, pool, with_bias)
-    return dense(unpooled, layout), optional_bias(grad, 0, False) if bias is None else bias
+    return dense(unpooled, layout), absent(grad) if bias is None else bias
 
 
 @operator(f"max_pool2d_indices(Tensor code, SymInt[] input_shape, {_POOL}) -> Tensor")
