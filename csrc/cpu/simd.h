@@ -84,11 +84,13 @@ struct Chunks {
 // Channels are worked on in blocks whose sums stay in registers or the nearest cache.
 constexpr int64_t kBlock = 64;
 
-// body(first, width) for each block; a whole block's width is a compile-time constant.
+// body(first, width) for each block; the width of a whole block, or of half of one, is a compile-time constant.
 template <class Body>
 FASTCONV_INLINE void for_blocks(int64_t channels, const Body& body) {
+  constexpr int64_t kHalf = kBlock / 2;
   int64_t first = 0;
   for (; first + kBlock <= channels; first += kBlock) body(first, std::integral_constant<int64_t, kBlock>{});
+  for (; first + kHalf <= channels; first += kHalf) body(first, std::integral_constant<int64_t, kHalf>{});
   if (first < channels) body(first, channels - first);
 }
 
