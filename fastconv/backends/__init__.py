@@ -29,6 +29,9 @@ _VARIABLE = "FASTCONV_BACKEND"
 
 _log = logging.getLogger("fastconv")
 
+# The backends that automatic choices have fallen on in this process; whoever wants to know clears it before.
+chosen: set[str] = set()
+
 
 class Launchers(Protocol):
     """The launchers of a backend: shapes as in the geometry, `x` the input, `grad` a gradient of an output.
@@ -192,6 +195,7 @@ def select(
     for name in tuning.pick(op, direction, geometry, policy, chip(device_type, tensor.device.index), channels_last):
         backend = load(name)
         if backend.supports(op, direction, geometry, policy, device_type) is None:
+            chosen.add(name)
             _note(op, direction, device_type, policy.dtype, name)
             return backend
     raise RuntimeError(f"{op} ({direction}): no backend serves {policy.dtype} on a {device_type} tensor")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -90,9 +88,9 @@ def _train(options: argparse.Namespace) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     digits = data.load_digits(options.resolution)
     outcomes: list[Outcome] = []
+    backends.chosen.clear()
     with (
         backends.use_backend(options.backend),
-        _choices() as chosen,
         open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics,
         _progress(options.seeds * len(layers) * options.epochs * loop.steps_per_epoch(digits, settings[0])) as bar,
     ):
@@ -115,7 +113,7 @@ def _train(options: argparse.Namespace) -> None:
                 )
             outcomes += finished
     pictures.draw_curves(folder / "curves.png", [epoch for outcome in outcomes for epoch in outcome.epochs])
-    backend = options.backend + (f" ({', '.join(sorted(chosen))})" if chosen else "")
+    backend = options.backend + (f" ({', '.join(sorted(backends.chosen))})" if backends.chosen else "")
     print(table(outcomes, backend))
     print(f"curves, metrics and checkpoints: {folder}")
 
@@ -187,28 +185,6 @@ def _progress(steps: int) -> Any:
             "progress is shown by tqdm, which is not installed: pip install 'fastconv[train]' (or tqdm)"
         ) from error
     return tqdm(total=steps, unit="step", disable=None, smoothing=0.05)
-
-
-@contextmanager
-def _choices() -> Iterator[set[str]]:
-    """The names of the backends that an automatic choice falls on inside the block: it logs each."""
-    names: set[str] = set()
-
-    class Listener(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if isinstance(record.args, tuple) and record.args and record.args[-1] in backends.NAMES:
-                names.add(str(record.args[-1]))
-
-    backends._note.cache_clear()  # each choice is logged once in a process, by an earlier run perhaps
-    logger, listener = logging.getLogger("fastconv"), Listener(logging.INFO)
-    level = logger.level
-    logger.addHandler(listener)
-    logger.setLevel(min(level or logging.INFO, logging.INFO))
-    try:
-        yield names
-    finally:
-        logger.removeHandler(listener)
-        logger.setLevel(level)
 
 
 def _positive(text: str) -> int:
