@@ -7,10 +7,12 @@ backward is being built (create_graph=True, torch.func), the same gradients are 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.nn.grad import conv2d_input, conv2d_weight
 
@@ -39,13 +41,35 @@ class PoolArgs(NamedTuple):
     ceil_mode: bool
 
 
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """function.apply(*args), without the 25 µs that torch takes to bind default arguments, of which there are none."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+def call(name: str, *args: Any) -> Any:
+    """Run an operator by its Function's arguments, and record it where a gradient will be wanted.
+
+    torch's own Function.apply takes 25 µs to bind default arguments, of which there are none: it is passed over where
+    torch.func does not need it. A trace gets the bare operator, which is differentiable by itself (see `_register`).
+    """
+    if torch.compiler.is_compiling():
+        return getattr(ops, name).default(*_flat(args))
+    function = _FUNCTIONS[name]
+    if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
-        return function.forward(*args)  # nothing is recorded
+        return function.forward(*args)
+    return _record(function, *args)
+
+
+def _record(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
+def _flat(args: tuple[Any, ...]) -> list[Any]:
+    """A Function's arguments as its operator's."""
+    return [item for arg in args for item in (arg if isinstance(arg, (ConvArgs, PoolArgs)) else (arg,))]
+
+
+def _run(op: Any, *args: Any) -> Any:
+    """Call an operator from within its Function: what it does inside is not to be recorded again."""
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*_flat(args))
 
 
 def _conv_grads(ctx: Any, grad: Tensor, input: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -60,7 +84,7 @@ def _conv_grads(ctx: Any, grad: Tensor, input: Tensor | None, weight: Tensor | N
             grad_weight = conv2d_weight(input, ctx.weight_shape, grad, *args)
         return grad_input, grad_weight
     if need_input or need_weight:
-        shapes = (ctx.input_shape, ctx.weight_shape)
+        shapes = (ctx.input_shape, ctx.weight_shape, ctx.weight_channels_last)
         grad_input, grad_weight = ops.conv2d_backward.default(grad, input, weight, *shapes, *args, ctx.backend)
     return grad_input if need_input else None, grad_weight if need_weight else None
 
@@ -91,6 +115,7 @@ def _keep_conv(ctx: Any, input: Tensor, weight: Tensor, args: ConvArgs, backend:
     need_input, need_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(input if need_weight else None, weight if need_input else None, *more)
     ctx.input_shape, ctx.weight_shape = input.shape, weight.shape
+    ctx.weight_channels_last = memory_format(weight) == torch.channels_last
     ctx.conv, ctx.backend = args, backend
     ctx.set_materialize_grads(False)
 
@@ -102,7 +127,7 @@ class Conv2d(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None, args: ConvArgs, backend: str) -> Tensor:
-        return ops.conv2d.default(input, weight, bias, *args, backend)
+        return _run(ops.conv2d.default, input, weight, bias, args, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -129,7 +154,7 @@ class Conv2dReLU(torch.autograd.Function):
     def forward(
         input: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, args: ConvArgs, backend: str
     ) -> Tensor:
-        return ops.conv2d_relu.default(input, weight, bias, residual, *args, backend)
+        return _run(ops.conv2d_relu.default, input, weight, bias, residual, args, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -155,7 +180,7 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
     def forward(
         input: Tensor, weight: Tensor, bias: Tensor | None, args: ConvArgs, pool: PoolArgs, backend: str
     ) -> tuple[Tensor, Tensor]:
-        return ops.conv2d_relu_max_pool2d.default(input, weight, bias, *args, *pool, backend)
+        return _run(ops.conv2d_relu_max_pool2d.default, input, weight, bias, args, pool, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -181,7 +206,7 @@ class MaxPool2d(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, args: PoolArgs, relu: bool, backend: str) -> tuple[Tensor, Tensor]:
-        return ops.max_pool2d.default(input, *args, relu, backend)
+        return _run(ops.max_pool2d.default, input, args, relu, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -209,7 +234,7 @@ class AvgPool2d(torch.autograd.Function):
     def forward(
         input: Tensor, args: PoolArgs, count_include_pad: bool, divisor_override: int | None, backend: str
     ) -> Tensor:
-        return ops.avg_pool2d.default(input, *args, count_include_pad, divisor_override, backend)
+        return _run(ops.avg_pool2d.default, input, args, count_include_pad, divisor_override, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -239,7 +264,7 @@ class GlobalAvgPool2d(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, backend: str) -> Tensor:
-        return ops.global_avg_pool2d.default(input, backend)
+        return _run(ops.global_avg_pool2d.default, input, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -255,3 +280,39 @@ class GlobalAvgPool2d(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (grad / (height * width)).expand(-1, -1, height, width), None
         return ops.global_avg_pool2d_backward.default(grad, height, width, ctx.channels_last, ctx.backend), None
+
+
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
+_library = torch.library.Library("fastconv", "IMPL")
+
+
+def _register(function: type[torch.autograd.Function], name: str, pack: Callable[..., tuple[Any, ...]]) -> None:
+    """Make direct calls of an operator differentiable too: those of traced and exported programs.
+
+    Args:
+        pack: the operator's arguments as its Function's.
+    """
+    op = getattr(ops, name).default
+    _FUNCTIONS[name] = function
+
+    def kernel(keys: torch._C.DispatchKeySet, *args: Any) -> Any:
+        wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
+        if wanted or forward_ad._current_level >= 0:
+            with enable_single_level_autograd_function():  # of torch.func, whose transforms call this one at a time
+                return _record(function, *pack(*args))
+        with torch._C._AutoDispatchBelowAutograd():
+            return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+_register(Conv2d, "conv2d", lambda x, w, b, *a: (x, w, b, ConvArgs(*a[:4]), a[4]))
+_register(Conv2dReLU, "conv2d_relu", lambda x, w, b, r, *a: (x, w, b, r, ConvArgs(*a[:4]), a[4]))
+_register(
+    Conv2dReLUMaxPool2d,
+    "conv2d_relu_max_pool2d",
+    lambda x, w, b, *a: (x, w, b, ConvArgs(*a[:4]), PoolArgs(*a[4:9]), a[9]),
+)
+_register(MaxPool2d, "max_pool2d", lambda x, *a: (x, PoolArgs(*a[:5]), *a[5:]))
+_register(AvgPool2d, "avg_pool2d", lambda x, *a: (x, PoolArgs(*a[:5]), *a[5:]))
+_register(GlobalAvgPool2d, "global_avg_pool2d", lambda *a: a)

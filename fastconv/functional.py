@@ -59,7 +59,7 @@ def conv2d(
     """
     op = "conv2d"
     (x, w, b, _), args, batched = _conv_operands(op, input, weight, bias, None, stride, padding, dilation, groups)
-    output = autograd.apply(autograd.Conv2d, x, w, b, args, backends.requested())
+    output = autograd.call("conv2d", x, w, b, args, backends.requested())
     return output if batched else output.squeeze(0)
 
 
@@ -85,7 +85,7 @@ def conv2d_relu(
     """
     op = "conv2d_relu"
     (x, w, b, r), args, batched = _conv_operands(op, input, weight, bias, residual, stride, padding, dilation, groups)
-    output = autograd.apply(autograd.Conv2dReLU, x, w, b, r, args, backends.requested())
+    output = autograd.call("conv2d_relu", x, w, b, r, args, backends.requested())
     return output if batched else output.squeeze(0)
 
 
@@ -121,7 +121,7 @@ def conv2d_relu_max_pool2d(
     op = "conv2d_relu_max_pool2d"
     pool = _pool_args(op, pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode, prefix="pool_")
     (x, w, b, _), args, batched = _conv_operands(op, input, weight, bias, None, stride, padding, dilation, groups)
-    output, _ = autograd.apply(autograd.Conv2dReLUMaxPool2d, x, w, b, args, pool, backends.requested())
+    output, _ = autograd.call("conv2d_relu_max_pool2d", x, w, b, args, pool, backends.requested())
     return output if batched else output.squeeze(0)
 
 
@@ -197,7 +197,7 @@ def avg_pool2d(
     args = _pool_args(op, kernel_size, stride, padding, 1, ceil_mode)
     geometry.check_bool(op, "count_include_pad", count_include_pad)
     x, batched = _batched(op, input)
-    output = autograd.apply(autograd.AvgPool2d, x, args, count_include_pad, divisor_override, backends.requested())
+    output = autograd.call("avg_pool2d", x, args, count_include_pad, divisor_override, backends.requested())
     return output if batched else output.squeeze(0)
 
 
@@ -213,7 +213,7 @@ def global_avg_pool2d(input: Tensor) -> Tensor:
     Source: Lin, Chen & Yan, Network in network, arXiv:1312.4400.
     """
     x, batched = _batched("global_avg_pool2d", input)
-    output = autograd.apply(autograd.GlobalAvgPool2d, x, backends.requested())
+    output = autograd.call("global_avg_pool2d", x, backends.requested())
     return output if batched else output.squeeze(0)
 
 
@@ -250,8 +250,6 @@ def _conv_operands(
     r = residual
     if r is not None:
         r = (r if batched else r.unsqueeze(0)).to(x.dtype)
-        if r is x:
-            r = r.view_as(r)  # Dynamo refuses a Function that is given one tensor twice
     return (x, w, b, r), ConvArgs(strides, pads, dilations, groups), batched
 
 
@@ -287,5 +285,5 @@ def _max_pool2d(
 ) -> tuple[Tensor, Tensor, PoolArgs]:
     args = _pool_args(op, kernel_size, stride, padding, dilation, ceil_mode)
     x, batched = _batched(op, input)
-    output, code = autograd.apply(autograd.MaxPool2d, x, args, relu, backends.requested())
+    output, code = autograd.call("max_pool2d", x, args, relu, backends.requested())
     return (output if batched else output.squeeze(0)), code, args

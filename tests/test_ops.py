@@ -39,7 +39,8 @@ def samples(op: str, device: str, layout: torch.memory_format) -> list[tuple[Any
         "conv2d_relu": [(t(X), t(W), bias, t(MAP), *CONV), (t(X), t(W), None, None, *CONV)],
         "conv2d_relu_max_pool2d": [(t(X), t(W), bias, *CONV, [2, 2], [2, 2], [0, 0], [1, 1], False)],
         "conv2d_backward": [
-            (t(MAP), *operands, list(X), list(W), *CONV) for operands in ((t(X), t(W)), (None, t(W)), (t(X), None))
+            (t(MAP), *operands, list(X), list(W), layout == torch.channels_last, *CONV)
+            for operands in ((t(X), t(W)), (None, t(W)), (t(X), None))
         ],
         "bias_grad": [(t(MAP),)],
         "relu_backward": [(t(MAP), t(MAP), True), (t(MAP), t(MAP), False)],

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastconv import geometry
 from fastconv.geometry import ConvGeometry, PoolGeometry
-from fastconv.ops.define import absent, dense, launchers_for, operator, optional_bias
+from fastconv.ops.define import absent, dense, given, launchers_for, operator, optional_bias
 from fastconv.precision import policy
 
 _CONV = "int[2] stride, int[2] padding, int[2] dilation, int groups"
@@ -126,7 +126,7 @@ def conv2d_relu_max_pool2d(
 
 @operator(
     "conv2d_backward(Tensor grad, Tensor? input, Tensor? weight, SymInt[] input_shape, SymInt[] weight_shape, "
-    f"{_CONV}, str backend) -> (Tensor, Tensor)"
+    f"bool weight_channels_last, {_CONV}, str backend) -> (Tensor, Tensor)"
 )
 def conv2d_backward(
     grad: Tensor,
@@ -134,6 +134,7 @@ def conv2d_backward(
     weight: Tensor | None,
     input_shape: Sequence[int],
     weight_shape: Sequence[int],
+    weight_channels_last: bool,
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
@@ -142,11 +143,14 @@ def conv2d_backward(
     *,
     fake: bool,
 ) -> tuple[Tensor, Tensor]:
-    """(input gradient, weight gradient): the first where a weight is given, the second where an input is, else empty."""
+    """(input gradient, weight gradient): the first where a weight is given, the second where an input is, else empty.
+
+    The weight gradient lies as the weight does (weight_channels_last), which optimizers and buckets of DDP expect.
+    """
     g = ConvGeometry.of("conv2d_backward", input_shape, weight_shape, None, stride, padding, dilation, groups)
     arithmetic = policy(grad.dtype, grad.device.type)
-    input_layout = geometry.memory_format(grad) if weight is None else geometry.memory_format(grad, weight)
-    weight_layout = geometry.memory_format(grad) if input is None else geometry.memory_format(grad, input)
+    input_layout = geometry.memory_format(grad, *given(weight))
+    weight_layout = torch.channels_last if weight_channels_last else torch.contiguous_format
     grad_input = grad_weight = absent(grad)
     if fake:
         if weight is not None:
@@ -155,7 +159,7 @@ def conv2d_backward(
             grad_weight = grad.new_empty(g.weight_shape).to(memory_format=weight_layout)
         return grad_input, grad_weight
     for_input = launchers_for(backend, "conv2d", "input_grad", g, grad, input_layout)
-    for_weight = launchers_for(backend, "conv2d", "weight_grad", g, grad, weight_layout)
+    for_weight = launchers_for(backend, "conv2d", "weight_grad", g, grad, geometry.memory_format(grad, *given(input)))
     if weight is not None and input is not None and for_input is for_weight:
         grad_input, grad_weight = for_input.conv2d_backward(grad, input, weight, g, arithmetic)
         return dense(grad_input, input_layout), dense(grad_weight, weight_layout)

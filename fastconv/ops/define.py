@@ -14,6 +14,9 @@ from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import policy
 
 _library = torch.library.Library("fastconv", "DEF")
+_AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
 
 
 def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -23,7 +26,8 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
         def implementation(*args: Any) -> Any:
-            return function(*args, fake=False)
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # operands are cast already: see precision.autocast
+                return function(*args, fake=False)
 
         def fake(*args: Any) -> Any:
             return function(*args, fake=True)
@@ -48,11 +52,15 @@ def launchers_for(
 def dense(tensor: Tensor, layout: torch.memory_format) -> Tensor:
     """`tensor` in exactly the strides that the fake promises, also where sizes of one leave them open."""
     tensor = tensor.contiguous(memory_format=layout)
-    if layout == torch.channels_last and 1 in tensor.shape[1:]:
-        _, c, h, w = tensor.shape
-        strides = (h * w * c, 1, w * c, c)
-        return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
-    return tensor
+    if 1 not in tensor.shape:
+        return tensor
+    _, c, h, w = tensor.shape
+    strides = (h * w * c, 1, w * c, c) if layout == torch.channels_last else (c * h * w, h * w, w, 1)
+    return tensor if tensor.stride() == strides else tensor.as_strided(tensor.shape, strides)
+
+
+def given(tensor: Tensor | None) -> tuple[Tensor, ...]:
+    return () if tensor is None else (tensor,)
 
 
 def absent(like: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ def _backward(
     weight: Shape | None,
     input_shape: Shape,
     weight_shape: Shape,
+    weight_channels_last: bool,
     *conv: Any,
     out_shape: Any = None,
     **_: Any,
