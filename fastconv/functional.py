@@ -11,16 +11,21 @@ that is not served, and where the backend named by `fastconv.use_backend` cannot
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import ParamSpec, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fastconv import autograd, backends, geometry, precision
 from fastconv.autograd import ConvArgs, PoolArgs
 
 IntPair = int | Sequence[int]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 __all__ = [
     "avg_pool2d",
@@ -33,6 +38,21 @@ __all__ = [
 ]
 
 
+def _overridable(function: Callable[P, R]) -> Callable[P, R]:
+    """Hand calls with overriding arguments (torch.fx's proxies, tensor subclasses) to their __torch_function__."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        operands = (*args, *kwargs.values()) if kwargs else args
+        if has_torch_function(operands):
+            result: R = handle_torch_function(call, operands, *args, **kwargs)
+            return result
+        return function(*args, **kwargs)
+
+    return call
+
+
+@_overridable
 def conv2d(
     input: Tensor,
     weight: Tensor,
@@ -63,6 +83,7 @@ def conv2d(
     return output if batched else output.squeeze(0)
 
 
+@_overridable
 def conv2d_relu(
     input: Tensor,
     weight: Tensor,
@@ -89,6 +110,7 @@ def conv2d_relu(
     return output if batched else output.squeeze(0)
 
 
+@_overridable
 def conv2d_relu_max_pool2d(
     input: Tensor,
     weight: Tensor,
@@ -125,6 +147,7 @@ def conv2d_relu_max_pool2d(
     return output if batched else output.squeeze(0)
 
 
+@_overridable
 def relu_max_pool2d(
     input: Tensor,
     kernel_size: IntPair,
@@ -133,10 +156,14 @@ def relu_max_pool2d(
     dilation: IntPair = 1,
     ceil_mode: bool = False,
 ) -> Tensor:
-    """ReLU and max-pool in one pass. Equal to `max_pool2d(relu(input), kernel_size, ...)`; arguments as in `max_pool2d`."""
+    """ReLU and max-pool in one pass. Equal to `max_pool2d(relu(input), kernel_size, ...)`; arguments as in `max_pool2d`.
+
+    A window without a pixel, which dilation can make of a small map, gives 0 (torch: minus infinity).
+    """
     return _max_pool2d("relu_max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode, True)[0]
 
 
+@_overridable
 def max_pool2d(
     input: Tensor,
     kernel_size: IntPair,
@@ -149,7 +176,8 @@ def max_pool2d(
     """Max-pool. Equal to `torch.nn.functional.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode)`.
 
     Saved for backward is the winner's position in its window, one byte (four for windows of 255 positions and more),
-    not torch's int64 indices. Values, winners and gradients are those of torch to the bit; backward is deterministic.
+    not torch's int64 indices. Values and winners are those of torch to the bit, and so are gradients, but for float16 and
+    bfloat16 where windows overlap: shares are then added in float32 and rounded once. Backward is deterministic.
 
     Args:
         input: (N, C, H, W) or (C, H, W).
@@ -161,7 +189,6 @@ def max_pool2d(
     Returns:
         (N, C, OH, OW), with `return_indices` a pair of it and an int64 tensor of the same shape.
     """
-    geometry.check_bool("max_pool2d", "return_indices", return_indices)
     output, code, args = _max_pool2d("max_pool2d", input, kernel_size, stride, padding, dilation, ceil_mode, False)
     if not return_indices:
         return output
@@ -171,6 +198,7 @@ def max_pool2d(
     return output, indices if batched else indices.squeeze(0)
 
 
+@_overridable
 def avg_pool2d(
     input: Tensor,
     kernel_size: IntPair,
@@ -196,11 +224,13 @@ def avg_pool2d(
     op = "avg_pool2d"
     args = _pool_args(op, kernel_size, stride, padding, 1, ceil_mode)
     geometry.check_bool(op, "count_include_pad", count_include_pad)
+    divisor_override = geometry.check_divisor(op, divisor_override)
     x, batched = _batched(op, input)
     output = autograd.call("avg_pool2d", x, args, count_include_pad, divisor_override, backends.requested())
     return output if batched else output.squeeze(0)
 
 
+@_overridable
 def global_avg_pool2d(input: Tensor) -> Tensor:
     """The mean of each map. Equal to `torch.nn.functional.adaptive_avg_pool2d(input, 1)`.
 
@@ -240,7 +270,7 @@ def _conv_operands(
     for name, operand in (("bias", bias), ("residual", residual)):
         if operand is not None:
             geometry.check_tensor(op, name, operand)
-    geometry.check_int(op, "groups", groups)
+    groups = geometry.integer(op, "groups", groups)
     strides, dilations = geometry.pair(op, "stride", stride), geometry.pair(op, "dilation", dilation)
     pads, extra = geometry.conv_padding(op, padding, weight.shape, strides, dilations)
     x, w = (precision.autocast(t) for t in (x, weight))
@@ -249,7 +279,8 @@ def _conv_operands(
         x = F.pad(x, (0, extra[1], 0, extra[0]))  # 'same' with an even kernel: one more zero at the far side
     r = residual
     if r is not None:
-        r = (r if batched else r.unsqueeze(0)).to(x.dtype)
+        geometry.check_floating(op, "residual", r)
+        r = (r if batched or r.dim() != 3 else r.unsqueeze(0)).to(x.dtype)
     return (x, w, b, r), ConvArgs(strides, pads, dilations, groups), batched
 
 

@@ -85,6 +85,59 @@ def test_torch_func() -> None:
             torch.testing.assert_close(got, want)
 
 
+@pytest.mark.parametrize("name", ["conv2d", "conv2d_relu", "conv2d_relu_max_pool2d"])
+def test_compiled_torch_func(name: str) -> None:
+    """Dynamo inlines a Function where it sees nothing that requires grad: the operator must keep the gradient itself."""
+    x, w = torch.randn(X), torch.randn(6, 4, 3, 3)
+
+    def gradient(F: Any) -> Callable[[Tensor], Tensor]:
+        return lambda w: grad(lambda w: getattr(F, name)(x, w).square().sum())(w)
+
+    want = gradient(reference)(w)
+    for backend in ("eager", "aot_eager"):
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(gradient(FC), backend=backend, fullgraph=True)(w), want)
+
+
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+def test_an_exported_program_trains(layout: torch.memory_format) -> None:
+    net = fastconv.models.recipe_net(8, width=8, max_width=8).to(memory_format=layout)
+    x = torch.randn(2, 3, 8, 8).to(memory_format=layout)
+    program = torch.export.export(net, (x,)).module()
+    wanted = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
+    got = torch.autograd.grad(program(x).square().sum(), list(program.parameters()))
+    assert all(map(torch.equal, got, wanted))
+
+
+def test_a_direct_call_of_an_operator_is_differentiable() -> None:
+    x, w, _ = (make(s, torch.float32, "cpu", torch.channels_last) for s in (X, (6, 4, 3, 3), (1, 1, 1, 1)))
+    output = torch.ops.fastconv.conv2d_relu(x, w, None, None, [1, 1], [1, 1], [1, 1], 1, "native")
+    got = torch.autograd.grad(output.square().sum(), (x, w))
+    wanted = torch.autograd.grad(FC.conv2d_relu(x, w, None, 1, 1).square().sum(), (x, w))
+    assert all(map(torch.equal, got, wanted))
+
+
+def test_forward_mode_raises_and_drops_nothing() -> None:
+    x, w = torch.randn(X), torch.randn(6, 4, 3, 3)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, x)
+        for grad_mode in (True, False):
+            with torch.set_grad_enabled(grad_mode), pytest.raises(NotImplementedError):
+                FC.conv2d(dual, w)
+        with pytest.raises(NotImplementedError):
+            torch.ops.fastconv.conv2d(dual, w, None, [1, 1], [1, 1], [1, 1], 1, "auto")
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("weight_layout", [torch.channels_last, torch.contiguous_format])
+def test_weight_gradients_lie_as_weights_do(kernel: int, weight_layout: torch.memory_format) -> None:
+    """Buckets of DistributedDataParallel and fused optimizers compare strides."""
+    module = fastconv.nn.Conv2d(8, 16, kernel).to(memory_format=weight_layout)
+    x = torch.randn(2, 8, 9, 9).to(memory_format=torch.channels_last)
+    (gradient,) = torch.autograd.grad(module(x).sum(), module.weight)
+    assert gradient.stride() == module.weight.stride()
+
+
 def test_functional_call_of_a_module() -> None:
     module = fastconv.nn.ConvReLU2d(4, 6, 3, padding=1).double()
     params = {name: p.detach() for name, p in module.named_parameters()}
@@ -157,6 +210,10 @@ def test_autocast_casts_as_torch(dtype: torch.dtype) -> None:
     assert_close(output, want, dtype, 18)
     output.sum().backward()
     assert [t.grad.dtype for t in (x, w, b)] == [torch.float32] * 3
+    with torch.autocast("cpu", dtype):  # an operator called directly is not cast, nor is anything within it
+        for backend in ("aten", "native"):
+            direct = torch.ops.fastconv.conv2d(x, w, b, [1, 1], [1, 1], [1, 1], 2, backend)
+            assert direct.dtype == torch.float32
 
 
 def test_nan_and_infinity_propagate_as_in_torch() -> None:

@@ -39,6 +39,17 @@ def test_use_backend_sets_and_restores() -> None:
     assert backends.requested() == "native"
 
 
+def test_use_backend_entered_later_and_twice() -> None:
+    request = fastconv.use_backend("aten")
+    fastconv.use_backend("auto")
+    with request:
+        assert backends.requested() == "aten"
+        with request:
+            assert backends.requested() == "aten"
+        assert backends.requested() == "aten"
+    assert backends.requested() == "auto"
+
+
 def test_use_backend_restores_after_an_error() -> None:
     with pytest.raises(KeyError), fastconv.use_backend("aten"):
         raise KeyError
@@ -62,6 +73,8 @@ def test_the_environment_names_a_backend() -> None:
     code = "import fastconv.backends as b; print(b.requested())"
     run = subprocess.run([sys.executable, "-c", code], env={"FASTCONV_BACKEND": "aten"}, capture_output=True, text=True)
     assert run.stdout.strip() == "aten", run.stderr
+    run = subprocess.run([sys.executable, "-c", code], env={"FASTCONV_BACKEND": ""}, capture_output=True, text=True)
+    assert run.stdout.strip() == "auto", run.stderr
     run = subprocess.run([sys.executable, "-c", code], env={"FASTCONV_BACKEND": "cuda"}, capture_output=True, text=True)
     assert "FASTCONV_BACKEND: unknown backend 'cuda'; allowed: 'auto', 'triton', 'native', 'aten'" in run.stderr
 

@@ -64,7 +64,8 @@ def test_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_train_one_net(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("sklearn")
+    for library in ("sklearn", "tqdm", "matplotlib"):
+        pytest.importorskip(library)
     assert main(["train", *SMALL, "--epochs", "1", "--runs", str(tmp_path), "--layers", "fastconv"]) == 0
     printed = capsys.readouterr().out
     assert "torch / fastconv" not in printed
@@ -84,6 +85,8 @@ def test_train_one_net(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     ],
 )
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    for library in ("sklearn", "tqdm", "matplotlib"):
+        pytest.importorskip(library)
     assert main(["train", "--runs", str(tmp_path), "--device", "cpu", *arguments]) == 1
     printed = capsys.readouterr().err.strip().splitlines()[-1]
     assert printed.startswith("fastconv train: ")

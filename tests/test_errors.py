@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,7 @@ CONV_ERRORS: list[tuple[dict[str, Any], str]] = [
     ({"weight": W.double()}, "torch.float64"),
     ({"bias": torch.randn(6).double()}, "bias type (torch.float64)"),
     ({"input": X[..., :0, :], "padding": 3}, "[1, 4, 0, 8]"),
+    ({"stride": torch.tensor(1.5)}, "stride=tensor(1.5"),
 ]
 
 POOL_ERRORS: list[tuple[dict[str, Any], str]] = [
@@ -89,7 +91,7 @@ def test_max_pool2d(change: dict[str, Any], words: str) -> None:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [*POOL_ERRORS, ({"divisor_override": 0}, "divisor_override=0")],
+    [*POOL_ERRORS, ({"divisor_override": 0}, "divisor_override=0"), ({"divisor_override": 2.5}, "divisor_override=2.5")],
     ids=lambda v: v if isinstance(v, str) else "",
 )
 def test_avg_pool2d(change: dict[str, Any], words: str) -> None:
@@ -126,6 +128,26 @@ def test_nothing_is_launched_or_lost_on_an_error() -> None:
         FC.conv2d_relu(x, W, torch.randn(5))
     assert x.grad is None
     assert torch.equal(x, X)
+
+
+def test_integers_of_any_kind() -> None:
+    """What configuration files and numpy code hand over."""
+    two, one = np.int64(2), torch.tensor(1)
+    want = F.conv2d(X, W, None, 2, (1, 1), 1, 1)
+    assert torch.equal(FC.conv2d(X, W, None, two, (np.int32(1), one), one, np.int64(1)), want)
+    assert torch.equal(FC.max_pool2d(X, two, two), F.max_pool2d(X, 2))
+    assert torch.equal(FC.avg_pool2d(X, two, divisor_override=np.int64(3)), F.avg_pool2d(X, 2, divisor_override=3))
+
+
+def test_zero_channels_are_refused() -> None:
+    with pytest.raises(RuntimeError, match="conv2d: Only a zero batch is supported, not zero channels"):
+        FC.conv2d(torch.randn(2, 0, 6, 6), torch.randn(4, 0, 3, 3))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_residual_must_be_floating_point(dtype: torch.dtype) -> None:
+    with pytest.raises(RuntimeError, match="conv2d_relu: residual must have a floating-point dtype"):
+        FC.conv2d_relu(X, W, residual=torch.ones(1, 6, 6, 6).to(dtype))
 
 
 def test_unknown_backend() -> None:

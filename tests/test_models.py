@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastconv import nn as fast
-from fastconv.models import recipe_net, vgg, vgg11, vgg13, vgg16, vgg19
+from fastconv.models import recipe_net, vgg
 
 # torchvision's numbers for 1000 classes, without and with batch normalisation.
 VGG_PARAMETERS = {
@@ -40,7 +40,7 @@ def test_vgg_parameters(depth: int, batch_norm: bool, layers: str) -> None:
 
 def test_vgg_keys_are_torchvisions() -> None:
     with torch.device("meta"):
-        keys = list(vgg16(layers="fastconv").state_dict())
+        keys = list(vgg(16, layers="fastconv").state_dict())
         with_norm = list(vgg(11, batch_norm=True).state_dict())
     convs = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
     expected = [f"features.{n}" for n in convs] + [f"classifier.{n}" for n in (0, 3, 6)]
@@ -51,17 +51,19 @@ def test_vgg_keys_are_torchvisions() -> None:
     ]
 
 
-def test_vgg_names() -> None:
+def test_vgg_arguments() -> None:
     with torch.device("meta"):
-        for depth, make in ((11, vgg11), (13, vgg13), (16, vgg16), (19, vgg19)):
-            assert _count(make(num_classes=10)) == VGG_PARAMETERS[depth][0] - 990 * 4097
+        for depth in (11, 13, 16, 19):
+            assert _count(vgg(depth, num_classes=10)) == VGG_PARAMETERS[depth][0] - 990 * 4097
     with pytest.raises(ValueError, match="depth=12"):
         vgg(12)
+    with pytest.raises(ValueError, match="num_classes=0"):
+        vgg(11, num_classes=0)
 
 
 def test_vgg_fuses_every_chain() -> None:
     with torch.device("meta"):
-        kinds = [type(layer) for layer in vgg16().features if not isinstance(layer, nn.Identity)]
+        kinds = [type(layer) for layer in vgg(16).features if not isinstance(layer, nn.Identity)]
     assert kinds.count(fast.ConvReLUMaxPool2d) == 5
     assert kinds.count(fast.ConvReLU2d) == 8
     assert len(kinds) == 13

@@ -176,6 +176,16 @@ def test_export() -> None:
     assert torch.equal(program.module()(x), net(x))
 
 
+def test_symbolic_trace() -> None:
+    """torch.fx's proxies pass through the functionals, which stay one node each."""
+    net = fastconv.models.recipe_net(8, width=8, max_width=8)
+    traced = torch.fx.symbolic_trace(net)
+    called = [node.target for node in traced.graph.nodes if node.op == "call_function"]
+    assert FC.conv2d_relu in called and FC.global_avg_pool2d in called
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(traced(x), net(x))
+
+
 def test_flop_counter_counts_as_for_torch() -> None:
     args = operands()
     with FlopCounterMode(display=False) as ours:

@@ -110,7 +110,7 @@ def check_request(name: str, source: str = "use_backend") -> str:
     return name
 
 
-_requested = check_request(os.environ.get(_VARIABLE, "auto"), _VARIABLE)
+_requested = check_request(os.environ.get(_VARIABLE) or "auto", _VARIABLE)
 
 
 def requested() -> str:
@@ -136,17 +136,24 @@ class use_backend:
 
     def __init__(self, name: str) -> None:
         global _requested
-        self._previous = _requested
-        _requested = check_request(name)
+        self._name = check_request(name)
+        self._before: list[str] = []  # what each block entered goes back to
+        self._replaced: str | None = _requested  # by this call, until a block is entered
+        _requested = name
 
     def __enter__(self) -> use_backend:
+        global _requested
+        in_force = _requested == self._name
+        self._before.append(self._replaced if in_force and self._replaced is not None else _requested)
+        self._replaced = None
+        _requested = self._name
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, traceback: TracebackType | None
     ) -> None:
         global _requested
-        _requested = self._previous
+        _requested = self._before.pop()
 
 
 def load(name: str) -> Launchers:

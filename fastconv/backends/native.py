@@ -73,7 +73,7 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or like.dtype, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def conv2d(

@@ -1,7 +1,8 @@
 """Fuse the chains of nn.Sequential containers, swap single layers elsewhere.
 
 The fused module takes the convolution's place and torch.nn.Identity that of the ReLU and the pool, so every key of the
-state_dict stays what it was. A layer is replaced only where nothing can tell the difference but the speed: see `_plain`.
+state_dict stays what it was. A layer is replaced only where nothing is attached to it and nobody else uses it: see
+`_plain`. What cannot be seen from here is code that runs the members of a Sequential one by one.
 """
 
 from __future__ import annotations

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +17,10 @@ def pair(op: str, name: str, value: int | Sequence[int], *, empty: tuple[int, in
     """An int or a sequence of one or two ints as (height, width); `empty` is what an empty sequence stands for."""
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return (value, value)
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {name}={value!r}")
-    items = tuple(value)
-    if any(isinstance(item, bool) or not isinstance(item, (int, torch.SymInt)) for item in items):
-        raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {name}={value!r}")
+    try:
+        items = tuple(map(_index, value if isinstance(value, Sequence) else (value,)))
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be an int or a pair of ints, got {name}={value!r}") from None
     if len(items) == 0 and empty is not None:
         return empty
     if len(items) not in (1, 2):
@@ -27,9 +28,18 @@ def pair(op: str, name: str, value: int | Sequence[int], *, empty: tuple[int, in
     return (items[0], items[-1])
 
 
-def check_int(op: str, name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{op}: {name} must be int, got {name}={value!r} of type {type(value).__name__}")
+def integer(op: str, name: str, value: Any) -> int:
+    try:
+        return _index(value)
+    except TypeError:
+        raise TypeError(f"{op}: {name} must be int, got {name}={value!r} of type {type(value).__name__}") from None
+
+
+def _index(value: Any) -> Any:
+    """`value` if it is an integer of any kind (numpy's, a 0-d tensor of integers, a symbolic one) but bool."""
+    if isinstance(value, bool):
+        raise TypeError
+    return value if isinstance(value, (int, torch.SymInt)) else operator.index(value)
 
 
 def check_bool(op: str, name: str, value: object) -> None:
@@ -68,6 +78,11 @@ def check_operand(op: str, name: str, value: Tensor | None, input: Tensor) -> No
         raise RuntimeError(f"{op}: input is on {input.device} but {name} is on {value.device}; allowed: one device")
 
 
+def check_floating(op: str, name: str, value: Tensor) -> None:
+    if not value.is_floating_point():
+        raise RuntimeError(f"{op}: {name} must have a floating-point dtype, got {name} of dtype {value.dtype}")
+
+
 def check_residual(op: str, residual: Tensor | None, shape: Sequence[int]) -> None:
     """A residual has exactly the output's shape; broadcasting it would hide a mistake and cost a second kernel."""
     if residual is not None and tuple(residual.shape) != tuple(shape):
@@ -100,6 +115,10 @@ def _strides_like_channels_last(tensor: Tensor) -> bool:
     return True
 
 
-def check_divisor(op: str, divisor_override: int | None) -> None:
+def check_divisor(op: str, divisor_override: int | None) -> int | None:
+    if divisor_override is None:
+        return None
+    divisor_override = integer(op, "divisor_override", divisor_override)
     if divisor_override == 0:
         raise RuntimeError(f"{op}: divisor must be not zero, got divisor_override=0; allowed: None or another int")
+    return divisor_override

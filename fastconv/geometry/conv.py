@@ -149,8 +149,8 @@ class ConvGeometry:
 
     @property
     def is_empty(self) -> bool:
-        """Nothing to multiply: no image or no channel."""
-        return self.batch == 0 or self.in_channels == 0 or self.out_channels == 0
+        """No image: nothing to launch."""
+        return self.batch == 0
 
     def flops(self) -> int:
         """Multiply-adds counted as two; the same for forward, input gradient and weight gradient."""
@@ -218,9 +218,10 @@ def _build_conv(
             f"got input of size {list(input_shape)}, weight of size {list(weight_shape)}, "
             f"padding={padding}, dilation={dilation}"
         )
-    if h == 0 or w == 0:
+    if c == 0 or h == 0 or w == 0:
         raise RuntimeError(
-            f"{op}: Only zero batch or zero channel inputs are supported, but got input shape: {list(input_shape)}"
+            f"{op}: Only a zero batch is supported, not zero channels, height or width; "
+            f"got input of size {list(input_shape)}"
         )
     oh, ow = conv_output_shape(input_shape, weight_shape, stride, padding, dilation)[2:]
     return ConvGeometry(n, c, h, w, o, kh, kw, sh, sw, ph, pw, dh, dw, groups, oh, ow)

@@ -105,7 +105,8 @@ class PoolGeometry:
 
     @property
     def is_empty(self) -> bool:
-        return self.batch == 0 or self.channels == 0
+        """No image: nothing to launch."""
+        return self.batch == 0
 
     def bytes_moved(self, itemsize: int) -> int:
         """The floor of traffic of a max-pool: the input, the output and the codes once."""

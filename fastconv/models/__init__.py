@@ -7,6 +7,6 @@ is. Both have the same state_dict keys and, under the same seed, the same initia
 from __future__ import annotations
 
 from fastconv.models.recipe import recipe_net
-from fastconv.models.vgg import vgg, vgg11, vgg13, vgg16, vgg19
+from fastconv.models.vgg import vgg
 
-__all__ = ["recipe_net", "vgg", "vgg11", "vgg13", "vgg16", "vgg19"]
+__all__ = ["recipe_net", "vgg"]

@@ -32,7 +32,8 @@ def recipe_net(
     R = 32: 64@32, 128@16, 256@8, 512@4.
 
     Args:
-        resolution: R, height and width of the images.
+        resolution: R, height and width of the images: 1 to 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64, 80, 96,
+            and with the stem 112, 128, 160, 192, 224, 256, ...: those whose every halving is exact.
         num_classes: outputs of the last layer.
         in_channels: channels of the images.
         width, max_width: channels of the first block, and the most that any block gets.

@@ -15,9 +15,9 @@ _CHANNELS = (64, 128, 256, 512, 512)
 
 def vgg(
     depth: int,
-    num_classes: int = 1000,
     batch_norm: bool = False,
     *,
+    num_classes: int = 1000,
     in_channels: int = 3,
     dropout: float = 0.5,
     layers: str = "fastconv",
@@ -26,8 +26,8 @@ def vgg(
 
     Args:
         depth: 11, 13, 16 or 19.
-        num_classes: outputs of the last layer.
         batch_norm: a BatchNorm2d after each convolution, as torchvision's `_bn` variants.
+        num_classes: outputs of the last layer.
         in_channels: channels of the images.
         dropout: probability of the two Dropout layers of the classifier.
         layers: "fastconv" or "torch"; the state_dict's keys and the seeded initial weights are the same.
@@ -36,10 +36,12 @@ def vgg(
         input [N, in_channels, H, W] with H, W ≥ 32; output [N, num_classes], unnormalised scores.
 
     Raises:
-        ValueError: another depth.
+        ValueError: another depth, or num_classes below 1.
     """
     if depth not in _STAGES:
         raise ValueError(f"vgg: depth must be one of {', '.join(map(str, _STAGES))}, got depth={depth}")
+    if num_classes < 1:
+        raise ValueError(f"vgg: num_classes must be at least 1, got num_classes={num_classes}")
     features: list[nn.Module] = []
     channels = in_channels
     for stage_channels, convs in zip(_CHANNELS, _STAGES[depth], strict=True):
@@ -69,26 +71,6 @@ def vgg(
     _initialise(model)
     with_layers(model, layers, "vgg")
     return model
-
-
-def vgg11(num_classes: int = 1000, batch_norm: bool = False, *, layers: str = "fastconv") -> nn.Sequential:
-    """`vgg(11, ...)`."""
-    return vgg(11, num_classes, batch_norm, layers=layers)
-
-
-def vgg13(num_classes: int = 1000, batch_norm: bool = False, *, layers: str = "fastconv") -> nn.Sequential:
-    """`vgg(13, ...)`."""
-    return vgg(13, num_classes, batch_norm, layers=layers)
-
-
-def vgg16(num_classes: int = 1000, batch_norm: bool = False, *, layers: str = "fastconv") -> nn.Sequential:
-    """`vgg(16, ...)`."""
-    return vgg(16, num_classes, batch_norm, layers=layers)
-
-
-def vgg19(num_classes: int = 1000, batch_norm: bool = False, *, layers: str = "fastconv") -> nn.Sequential:
-    """`vgg(19, ...)`."""
-    return vgg(19, num_classes, batch_norm, layers=layers)
 
 
 def _initialise(model: nn.Module) -> None:
