@@ -12,12 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from typing import TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from fastconv import nn as fast
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from fastconv.geometry import DTYPES
 
 _M = TypeVar("_M", bound=nn.Module)
 
@@ -113,7 +111,7 @@ def _plain(module: nn.Module, kind: type[_M], shared: Collection[int]) -> _M | N
         return None
     if set(module._parameters) - {"weight", "bias"}:
         return None
-    return module if all(p is None or p.dtype in _DTYPES for p in module._parameters.values()) else None
+    return module if all(p is None or p.dtype in DTYPES for p in module._parameters.values()) else None
 
 
 def _copy_modules(model: nn.Module) -> nn.Module:
