@@ -61,6 +61,8 @@ def test_pick_orders_backends() -> None:
     assert tuning.pick("conv2d", "forward", G, p, "NVIDIA H100 sm_90", True) == ("triton", "native", "aten")
     assert tuning.pick("conv2d", "forward", G, p, "cpu", True) == ("native", "aten")
     assert tuning.pick("conv2d", "forward", G, p, "cpu", False) == ("aten",)
+    grouped = ConvGeometry.of("conv2d", (1, 4, 8, 8), (4, 1, 3, 3), None, (1, 1), (1, 1), (1, 1), 4)
+    assert tuning.pick("conv2d", "forward", grouped, p, "NVIDIA H100 sm_90", True) == ("aten",)
 
 
 def test_auto_runs_the_native_kernels_on_channels_last() -> None:

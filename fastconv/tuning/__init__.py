@@ -25,9 +25,11 @@ def pick(
         channels_last: whether the operands lie as the kernels want them.
 
     A heuristic, not yet a table: fused kernels read and write NHWC, so that an NCHW call pays one more pass over its
-    input and one over its output, as much as fusing bias, ReLU or pool saves; such calls stay with torch's own.
+    input and one over its output, as much as fusing bias, ReLU or pool saves; such calls stay with torch's own, and so do
+    grouped convolutions on a GPU, for which the Triton kernels are not yet made.
     """
-    if not channels_last:
+    grouped = isinstance(geometry, ConvGeometry) and geometry.groups > 1
+    if not channels_last or (grouped and chip != "cpu"):
         return ("aten",)
     if chip == "cpu":
         return ("native", "aten")
