@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastconv import functional, reference
 from fastconv.bench.timing import compare, ratio, seconds, times
+from fastconv.geometry import PoolGeometry, conv_output_shape
 
 _SLACK = 4.0  # of a rounding of the output, or of torch's own error
 
@@ -71,8 +72,12 @@ def _operands(
     x = random(batch, layer.in_channels, layer.size, layer.size)
     weight = random(layer.out_channels, layer.in_channels, layer.kernel, layer.kernel, scale=(2 / fan_in) ** 0.5)
     bias = random(layer.out_channels)
-    size = layer.size // layer.stride // (2 if layer.pool else 1)
-    grad = random(batch, layer.out_channels, size, size)
+    two, one, zero = (2, 2), (1, 1), (0, 0)
+    stride, padding = (layer.stride, layer.stride), (layer.kernel // 2, layer.kernel // 2)
+    shape = conv_output_shape(x.shape, weight.shape, stride, padding, one)
+    if layer.pool:
+        shape = PoolGeometry.of("max_pool2d", shape, two, two, zero, one, False).output_shape
+    grad = random(*shape)
     return x.requires_grad_(layer.in_channels > 3), weight.requires_grad_(), bias.requires_grad_(), grad
 
 

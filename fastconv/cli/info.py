@@ -15,7 +15,6 @@ from fastconv.backends import native
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
 
-_INSTALL = "pip install --no-build-isolation -e ."
 _OPTIONAL = {"scikit-learn": "fastconv train", "matplotlib": "fastconv train", "tqdm": "fastconv train"}
 
 
@@ -43,7 +42,7 @@ def _versions() -> list[tuple[str, str]]:
         ("fastconv", fastconv.__version__),
         ("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         ("torch", torch.__version__),
-        ("Triton", _version("triton") or f"not installed; the triton backend needs it: {_INSTALL}"),
+        ("Triton", _version("triton") or "not installed; the triton backend needs it: pip install 'triton>=3.6'"),
     ]
     missing = [name for name in _OPTIONAL if _version(name) is None]
     if missing:
