@@ -93,6 +93,9 @@ def test_moves_stay_small_and_fill_with_background(few: Dataset) -> None:
     blank = Split(torch.full((4, 1, 8, 8), few.background), few.train.labels[:4], few.train.rows[:4])
     ((images, _),) = batches(blank, 4, Augmentation(), background=few.background, generator=_generator())
     torch.testing.assert_close(images, blank.images)
+    inked = dataclasses.replace(blank, images=blank.images + 1)
+    ((images, _),) = batches(inked, 4, shift, background=few.background, generator=_generator())
+    assert (images.amin((1, 2, 3)) < few.background + 1).all(), "the side that an image moved away from is background"
 
 
 def test_both_nets_learn_alike(few: Dataset) -> None:
