@@ -177,7 +177,8 @@ def max_pool2d(
 
     Saved for backward is the winner's position in its window, one byte (four for windows of 255 positions and more),
     not torch's int64 indices. Values and winners are those of torch to the bit, and so are gradients, but for float16 and
-    bfloat16 where windows overlap: shares are then added in float32 and rounded once. Backward is deterministic.
+    bfloat16 where windows overlap: shares are then added in float32 and rounded once. Backward is deterministic, but for
+    overlapping windows that torch itself serves on a GPU (backend 'aten').
 
     Args:
         input: (N, C, H, W) or (C, H, W).

@@ -101,6 +101,8 @@ POOLS = [
     PoolCase("3x3_s1_p1", (1, 8, 6, 7), 3, 1, 1),
     PoolCase("3x2_s2x1", (1, 8, 9, 9), (3, 2), (2, 1), (1, 0)),
     PoolCase("5x5_s3_p2_ceil", (1, 4, 11, 12), 5, 3, 2, ceil_mode=True),
+    PoolCase("last_window_outside_ceil", (1, 4, 9, 6), 2, 3, ceil_mode=True),
+    PoolCase("last_window_outside_p1_ceil", (1, 4, 7, 11), 2, 4, 1, ceil_mode=True),
     PoolCase("2x2_dilated", (1, 4, 9, 9), 2, 2, 0, 2),
     PoolCase("3x3_dilated_p1", (1, 4, 9, 9), 3, 2, 1, 2),
     PoolCase("gaps", (1, 4, 10, 10), 2, 3),

@@ -20,7 +20,11 @@ import fastconv
 import fastconv.functional as FC
 from fastconv import geometry, reference
 
-POOL_2X2 = ((2, 2), (2, 2), (0, 0), (1, 1), False)
+WINDOWS = {
+    "2x2": ((2, 2), (2, 2), (0, 0), (1, 1), False),
+    "2x2_ceil": ((2, 2), (2, 2), (0, 0), (1, 1), True),
+    "3x3_s2_p1": ((3, 3), (2, 2), (1, 1), (1, 1), False),
+}
 
 
 def conv_runs() -> Iterator[Any]:
@@ -93,6 +97,36 @@ def check_layout(output: Tensor, *operands: Tensor) -> None:
     assert output.is_contiguous(memory_format=geometry.memory_format(*operands))
 
 
+LAID_OUT = {
+    "contiguous": torch.empty(2, 3, 4, 5),
+    "channels_last": torch.empty(2, 3, 4, 5).to(memory_format=torch.channels_last),
+    "one_channel": torch.empty(2, 1, 4, 5),
+    "one_channel_last": torch.empty(2, 1, 4, 5).to(memory_format=torch.channels_last),
+    "one_pixel": torch.empty(2, 3, 1, 1),
+    "one_pixel_last": torch.empty(2, 3, 1, 1).to(memory_format=torch.channels_last),
+    "one_value_each": torch.empty(4, 1, 1, 1),
+    "expanded_channels": torch.empty(2, 1, 4, 5).expand(2, 3, 4, 5),
+    "expanded_last": torch.empty(2, 1, 4, 5).to(memory_format=torch.channels_last).expand(2, 3, 4, 5),
+    "expanded_batch_last": torch.empty(1, 3, 4, 5).to(memory_format=torch.channels_last).expand(2, 3, 4, 5),
+    "expanded_map": torch.empty(2, 3, 1, 1).expand(2, 3, 4, 5),
+    "one_number": torch.empty(1, 1, 1, 1).expand(2, 3, 4, 5),
+    "sliced_last": torch.empty(2, 6, 4, 5).to(memory_format=torch.channels_last)[:, ::2],
+    "transposed": torch.empty(2, 3, 5, 4).transpose(2, 3),
+    "swapped": torch.empty(3, 2, 4, 5).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", LAID_OUT)
+def test_memory_format_is_the_one_torch_takes(name: str) -> None:
+    """Average pooling of one element keeps what torch holds to be the input's memory format."""
+    x = LAID_OUT[name]
+    wanted = F.avg_pool2d(x, 1)
+    assert FC.avg_pool2d(x, 1).stride() == wanted.stride()
+    assert torch.empty(x.shape, memory_format=geometry.memory_format(x)).stride() == wanted.stride()
+    weight = torch.empty(2, x.shape[1], 1, 1)
+    assert FC.conv2d(x, weight).stride() == F.conv2d(x, weight).stride()
+
+
 def tf32(device: str, dtype: torch.dtype) -> bool:
     return device == "cuda" and dtype == torch.float32
 
@@ -134,13 +168,13 @@ def test_conv2d_relu(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("pool", ["2x2", "3x3_s2_p1"])
+@pytest.mark.parametrize("pool", WINDOWS)
 @pytest.mark.parametrize(("case", "dtype", "backend"), list(conv_runs()))
 def test_conv2d_relu_max_pool2d(
     case: ConvCase, dtype: torch.dtype, backend: str, pool: str, layout: torch.memory_format, device: str
 ) -> None:
     conv = Conv(case, dtype, device, layout)
-    window = POOL_2X2 if pool == "2x2" else ((3, 3), (2, 2), (1, 1), (1, 1), False)
+    window = WINDOWS[pool]
     names = ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "pool_ceil_mode")
     with fastconv.use_backend(backend):
         output = FC.conv2d_relu_max_pool2d(*conv.operands, *case.args, **dict(zip(names, window, strict=True)))
@@ -218,6 +252,20 @@ def test_max_pool2d(
     (want,) = torch.autograd.grad(expected, exact, grad.double())
     assert torch.equal(got.double(), want)
     check_layout(got, output)
+
+
+@pytest.mark.parametrize(("dtype", "large"), [(torch.bfloat16, 256), (torch.float16, 2048)], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize("backend", ["aten", "native", "triton"])
+def test_shares_of_overlapping_windows_are_rounded_once(backend: str, dtype: torch.dtype, large: int, device: str) -> None:
+    """Nine windows with one winner: in the tensor's own dtype, `large` + 1 would stay `large` eight times."""
+    x = torch.zeros(1, 8, 3, 3, dtype=dtype, device=device).to(memory_format=torch.channels_last)
+    x[:, :, 1, 1] = 1
+    grad = torch.ones_like(x)
+    grad[:, :, 0, 0] = large
+    with fastconv.use_backend(backend):
+        output = FC.max_pool2d(x.requires_grad_(), 3, 1, 1)
+    (got,) = torch.autograd.grad(output, x, grad)
+    assert (got[:, :, 1, 1] == large + 8).all()
 
 
 @pytest.mark.parametrize("backend", ["aten", "native", "triton"])

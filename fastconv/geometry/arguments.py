@@ -111,7 +111,7 @@ def _strides_like_channels_last(tensor: Tensor) -> bool:
             return False
         if d == 0 and least == strides[1]:
             return False
-        least = strides[d] * shape[d] if shape[d] > 1 else strides[d]
+        least = strides[d] * shape[d]
     return True
 
 
