@@ -135,20 +135,18 @@ def _shape_only(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
 
 
 class _Compiler:
-    """Stands in for Triton's launch: compiles with the launch's own arguments, once for each architecture and kernel."""
+    """Compiles recorded launches with their own arguments, each once for an architecture."""
 
-    def __init__(self) -> None:
-        self.call = ""
+    def __init__(self, architecture: int) -> None:
+        self._architecture = architecture
         self._seen: set[Any] = set()
 
-    def note(self, call: str) -> None:
-        self.call = call
-
-    def run(self, kernel: Any, **arguments: Any) -> None:
+    def compile(self, call: str, launch: Any) -> None:
         from triton import compile as compile_for
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
 
+        kernel, arguments = launch.kernel, dict(launch.arguments)
         options = {name: arguments.pop(name) for name in ("num_warps",) if name in arguments}
         signature, constants, attributes = {}, {}, {}
         for index, parameter in enumerate(kernel.params):
@@ -166,11 +164,10 @@ class _Compiler:
         if key in self._seen:
             return
         self._seen.add(key)
-        for architecture in ARCHITECTURES:
-            source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
-            result = compile_for(source, target=GPUTarget("cuda", architecture, 32), options=options)
-            found = {"kernel": kernel.__name__, "call": self.call, "architecture": architecture}
-            print(json.dumps(found | _machine_code(result, kernel.__name__.startswith("conv_"))), flush=True)
+        source = ASTSource(kernel, signature, constexprs=constants, attrs=attributes)
+        result = compile_for(source, target=GPUTarget("cuda", self._architecture, 32), options=options)
+        found = {"kernel": kernel.__name__, "call": call, "architecture": self._architecture}
+        print(json.dumps(found | _machine_code(result, kernel.__name__.startswith("conv_"))), flush=True)
 
 
 def _machine_code(result: Any, is_product: bool) -> dict[str, int]:
@@ -189,11 +186,15 @@ def _machine_code(result: Any, is_product: bool) -> dict[str, int]:
 
 
 def _main() -> None:
-    import triton
+    from fastconv.backends.triton_launch import recording
 
-    compiler = _Compiler()
-    triton.JITFunction.run = lambda kernel, grid, warmup, **arguments: compiler.run(kernel, **arguments)
-    _launch_everything(compiler.note)
+    for architecture in ARCHITECTURES:
+        compiler = _Compiler(architecture)
+        with recording(architecture) as launches:
+            calls: list[tuple[int, str]] = []
+            _launch_everything(lambda call, calls=calls, launches=launches: calls.append((len(launches), call)))
+        for index, launch in enumerate(launches):
+            compiler.compile(next(call for start, call in reversed(calls) if start <= index), launch)
 
 
 if __name__ == "__main__":

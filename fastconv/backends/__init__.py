@@ -199,7 +199,8 @@ def select(
                 f"Ask for another one with fastconv.use_backend, or for 'auto'."
             )
         return backend
-    for name in tuning.pick(op, direction, geometry, policy, chip(device_type, tensor.device.index), channels_last):
+    for candidate in tuning.pick(op, direction, geometry, policy, chip(device_type, tensor.device.index), channels_last):
+        name = candidate.backend
         backend = load(name)
         if backend.supports(op, direction, geometry, policy, device_type) is None:
             chosen.add(name)

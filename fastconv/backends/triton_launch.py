@@ -1,0 +1,152 @@
+"""What the launchers of the Triton backend share: the kernels, the launch and its recording, tensors in NHWC.
+
+Triton and the kernels are imported with the first call, so that a missing Triton is a reason of `supports`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from functools import cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastconv import backends
+from fastconv.backends import triton_tiles as tiles
+from fastconv.backends.triton_tiles import cdiv
+from fastconv.geometry import ConvGeometry, PoolGeometry
+
+
+class Launch(NamedTuple):
+    """One launch: the jitted function, its grid, and every argument by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+
+# Of the full data-centre chip of each generation, for recordings.
+PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+
+_recorded: list[Launch] | None = None
+_recorded_chip = ""
+
+
+@contextlib.contextmanager
+def recording(capability: int) -> Iterator[list[Launch]]:
+    """Note every launch as for a chip of that compute capability (90 for sm_90), and run none.
+
+    Tensors may lie anywhere, the meta device included. For compiling ahead of time and for counting bytes.
+    """
+    global _recorded, _recorded_chip
+    before = _recorded, _recorded_chip
+    _recorded, _recorded_chip = [], f"sm_{capability}"
+    try:
+        yield _recorded
+    finally:
+        _recorded, _recorded_chip = before
+
+
+def is_recording() -> bool:
+    return _recorded is not None
+
+
+def chip(device: torch.device) -> str:
+    """The key of tuning's tables for kernels that run on `device`; 'interpreter' under Triton's own."""
+    if _recorded_chip:
+        return _recorded_chip
+    return "interpreter" if kernels().interpreted else backends.chip(device.type, device.index)
+
+
+def processors(device: torch.device) -> int | None:
+    """Streaming multiprocessors of `device`; None under the interpreter."""
+    if _recorded_chip:
+        return PROCESSORS[_recorded_chip]
+    return None if kernels().interpreted else _device_processors(device.index)
+
+
+@cache
+def _device_processors(device_index: int) -> int:
+    return torch.cuda.get_device_properties(device_index).multi_processor_count
+
+
+def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
+    """Launch on the device of the tensors, where Triton by itself would take the current one."""
+    if _recorded is not None:
+        _recorded.append(Launch(kernel, grid, arguments))
+        return
+    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        kernel[grid](**arguments)
+
+
+@cache
+def kernels() -> SimpleNamespace:
+    from fastconv.kernels import avg_pool, conv_dgrad, conv_fprop, conv_wgrad, coords, global_pool, max_pool, prep
+
+    return SimpleNamespace(
+        interpreted=bool(coords.INTERPRET),
+        avg_pool=avg_pool,
+        conv_dgrad=conv_dgrad,
+        conv_fprop=conv_fprop,
+        conv_wgrad=conv_wgrad,
+        global_pool=global_pool,
+        max_pool=max_pool,
+        prep=prep,
+    )
+
+
+def sum_rows(rows: Tensor, out: Tensor) -> Tensor:
+    jitted = kernels()
+    blocks = tiles.rows(jitted.interpreted)
+    num_rows, num_columns = rows.shape
+    grid = (cdiv(num_columns, blocks["BLOCK_C"]),)
+    sizes = {"num_rows": num_rows, "num_columns": num_columns}
+    launch(jitted.prep.sum_rows_kernel, grid, rows_ptr=rows, sum_ptr=out, **sizes, **blocks)
+    return out
+
+
+def nhwc(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def float32(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def map_sizes(g: ConvGeometry | PoolGeometry) -> dict[str, int]:
+    return {"height": g.height, "width": g.width, "out_height": g.out_height, "out_width": g.out_width}
+
+
+def window(g: ConvGeometry | PoolGeometry) -> dict[str, int]:
+    return {
+        "KH": g.kernel_height,
+        "KW": g.kernel_width,
+        "STRIDE_H": g.stride_h,
+        "STRIDE_W": g.stride_w,
+        "PAD_H": g.pad_h,
+        "PAD_W": g.pad_w,
+    }
+
+
+def dilation(g: ConvGeometry | PoolGeometry) -> dict[str, int]:
+    return {"DILATION_H": g.dilation_h, "DILATION_W": g.dilation_w}
+
+
+def residues(g: ConvGeometry | PoolGeometry) -> dict[str, int]:
+    """What coords.first_tap needs to find the taps that lead to an input pixel."""
+    gcd_h, gcd_w = math.gcd(g.stride_h, g.dilation_h), math.gcd(g.stride_w, g.dilation_w)
+    return {
+        "GCD_H": gcd_h,
+        "GCD_W": gcd_w,
+        "INVERSE_H": pow(g.dilation_h // gcd_h, -1, g.stride_h // gcd_h),
+        "INVERSE_W": pow(g.dilation_w // gcd_w, -1, g.stride_w // gcd_w),
+    }
