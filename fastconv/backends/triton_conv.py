@@ -1,37 +1,25 @@
-"""Launchers of the convolutions: which kernel, with which tiles, over which grid.
+"""Launchers of the convolutions: each hands the call to the family of kernels that its plan names.
 
-`plan` is a candidate of tuning.pick's for this backend; the launchers take tuning's first choice where none is given.
+A plan is one of tuning's candidates for this backend; where none is given, tuning's first choice is taken.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from fastconv import tuning
-from fastconv.backends import triton_tiles as tiles
-from fastconv.backends.triton_launch import (
-    chip,
-    dilation,
-    empty,
-    float32,
-    kernels,
-    launch,
-    map_sizes,
-    nhwc,
-    processors,
-    residues,
-    sum_rows,
-    window,
-)
+from fastconv.backends import triton_pointer
+from fastconv.backends.triton_launch import chip, nhwc
 from fastconv.backends.triton_pool import max_pool2d
-from fastconv.backends.triton_tiles import cdiv
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 from fastconv.tuning import Candidate
+
+# Every family offers some of the launchers below, with a plan as the last argument.
+_FAMILIES: dict[str, ModuleType] = {"pointer": triton_pointer}
 
 
 def conv2d(
@@ -45,23 +33,7 @@ def conv2d(
     plan: Candidate | None = None,
 ) -> Tensor:
     plan = plan or _plan("conv2d_relu" if relu else "conv2d", "forward", g, policy, chip(x.device))
-    y = empty(g.output_shape, x)
-    blocks = _blocks(plan, policy)
-    launch(
-        kernels().conv_fprop.conv_fprop_kernel,
-        (cdiv(g.out_pixels, blocks["BLOCK_M"]) * g.groups * cdiv(g.group_out_channels, blocks["BLOCK_N"]),),
-        x_ptr=nhwc(x),
-        weight_ptr=nhwc(weight),
-        bias_ptr=None if bias is None else bias.contiguous(),
-        residual_ptr=None if residual is None else nhwc(residual),
-        y_ptr=y,
-        pixels=g.out_pixels,
-        steps=g.taps * cdiv(g.group_in_channels, blocks["BLOCK_K"]),
-        RELU=relu,
-        **_conv_arguments(g),
-        **blocks,
-    )
-    return y
+    return _FAMILIES[plan.kernel].conv2d(x, weight, bias, residual, g, policy, relu, plan)
 
 
 def conv2d_relu_max_pool2d(
@@ -76,73 +48,19 @@ def conv2d_relu_max_pool2d(
     if not pool.is_2x2:
         return max_pool2d(conv2d(x, weight, bias, None, g, policy, relu=False, plan=plan), pool, relu=True)
     plan = plan or _plan("conv2d_relu_max_pool2d", "forward", g, policy, chip(x.device))
-    y, code = empty(pool.output_shape, x), empty(pool.output_shape, x, pool.code_dtype)
-    pooled_pixels = pool.batch * pool.out_height * pool.out_width
-    blocks = _blocks(plan, policy)
-    launch(
-        kernels().conv_fprop.conv_fprop_pool_kernel,
-        (cdiv(4 * pooled_pixels, blocks["BLOCK_M"]) * g.groups * cdiv(g.group_out_channels, blocks["BLOCK_N"]),),
-        x_ptr=nhwc(x),
-        weight_ptr=nhwc(weight),
-        bias_ptr=None if bias is None else bias.contiguous(),
-        y_ptr=y,
-        code_ptr=code,
-        pooled_pixels=pooled_pixels,
-        steps=g.taps * cdiv(g.group_in_channels, blocks["BLOCK_K"]),
-        **_conv_arguments(g),
-        **blocks,
-    )
-    return y, code
+    return _FAMILIES[plan.kernel].conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy, plan)
 
 
 def conv2d_input_grad(
     grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy, plan: Candidate | None = None
 ) -> Tensor:
     plan = plan or _plan("conv2d", "input_grad", g, policy, chip(grad.device))
-    grad_x = empty(g.input_shape, grad)
-    phase_height, phase_width = cdiv(g.height, g.stride_h), cdiv(g.width, g.stride_w)
-    phase_pixels = g.batch * phase_height * phase_width
-    blocks = _blocks(plan, policy)
-    phase_tiles = cdiv(phase_pixels, blocks["BLOCK_M"])
-    others = g.stride_h * g.stride_w * g.groups * cdiv(g.group_in_channels, blocks["BLOCK_N"])
-    launch(
-        kernels().conv_dgrad.conv_dgrad_kernel,
-        (phase_tiles * others,),
-        grad_ptr=nhwc(grad),
-        weight_ptr=nhwc(weight),
-        grad_x_ptr=grad_x,
-        phase_height=phase_height,
-        phase_width=phase_width,
-        phase_pixels=phase_pixels,
-        phase_tiles=phase_tiles,
-        blocks_k=cdiv(g.group_out_channels, blocks["BLOCK_K"]),
-        **_conv_arguments(g),
-        **residues(g),
-        **blocks,
-    )
-    return grad_x
+    return _FAMILIES[plan.kernel].conv2d_input_grad(grad, weight, g, policy, plan)
 
 
 def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy, plan: Candidate | None = None) -> Tensor:
     plan = plan or _plan("conv2d", "weight_grad", g, policy, chip(grad.device))
-    grad_weight = empty(g.weight_shape, grad)
-    columns = g.taps * g.group_in_channels
-    blocks = _blocks(plan, policy)
-    others = g.groups * cdiv(g.group_out_channels, blocks["BLOCK_N"]) * cdiv(columns, blocks["BLOCK_C"])
-    splits, split_pixels = tiles.split(g.out_pixels, blocks["BLOCK_P"], others, processors(grad.device))
-    slabs = grad_weight if splits == 1 else float32((splits, g.out_channels * columns), grad)
-    launch(
-        kernels().conv_wgrad.conv_wgrad_kernel,
-        (others, splits),
-        grad_ptr=nhwc(grad),
-        x_ptr=nhwc(x),
-        slab_ptr=slabs,
-        pixels=g.out_pixels,
-        split_pixels=split_pixels,
-        **_conv_arguments(g),
-        **blocks,
-    )
-    return grad_weight if splits == 1 else sum_rows(slabs, grad_weight)
+    return _FAMILIES[plan.kernel].conv2d_weight_grad(grad, x, g, policy, plan)
 
 
 def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> tuple[Tensor, Tensor]:
@@ -155,13 +73,3 @@ def _plan(op: str, direction: str, g: ConvGeometry, policy: Policy, chip: str) -
     """The Triton kernel and tiles that tuning puts first."""
     choices = tuning.pick(op, direction, g, policy, chip, channels_last=True)
     return next(candidate for candidate in choices if candidate.backend == "triton")
-
-
-def _blocks(plan: Candidate, policy: Policy) -> dict[str, Any]:
-    precision = "tf32" if policy.tf32 or policy.dtype != torch.float32 else "ieee"
-    return {**dict(plan.config), "PRECISION": precision}
-
-
-def _conv_arguments(g: ConvGeometry) -> dict[str, int]:
-    channels = {"CHANNELS": g.in_channels, "OUT_CHANNELS": g.out_channels, "GROUPS": g.groups}
-    return {**map_sizes(g), **channels, **window(g), **dilation(g)}
