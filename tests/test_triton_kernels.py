@@ -10,9 +10,12 @@ from cases import ConvCase, ids
 from tolerances import assert_close
 from torch import Tensor
 
-from fastconv.backends import aten, triton
+from fastconv.backends import aten, triton, triton_tma
+from fastconv.backends.triton_launch import chip, recording
 from fastconv.geometry import ConvGeometry, PoolGeometry, pair
 from fastconv.precision import Policy
+from fastconv.tuning import Candidate
+from fastconv.tuning.candidates import triton_candidates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -35,9 +38,16 @@ CASES = [
     ConvCase("kernel_3x1", (1, 8, 7, 9), 8, (3, 1), padding=(1, 0)),
     ConvCase("48_taps", (1, 4, 9, 11), 4, (6, 8), padding=(2, 3)),
     ConvCase("two_blocks_of_channels", (1, 144, 2, 3), 136, (1, 2)),
+    ConvCase("3x3_s2", (2, 16, 8, 12), 32, (3, 3), stride=2, padding=1),
+    ConvCase("1x1_s2", (2, 32, 8, 8), 16, (1, 1), stride=2),
+    ConvCase("7x7_s2", (1, 16, 10, 8), 16, (7, 7), stride=2, padding=3),
+    ConvCase("stride_3_48_channels", (1, 48, 9, 9), 48, (3, 3), stride=3, padding=1),
+    ConvCase("dilation_2_s2_even", (1, 16, 12, 12), 16, (3, 3), stride=2, padding=1, dilation=2),
+    ConvCase("small_maps", (70, 16, 2, 2), 16, (3, 3), padding=1),
+    ConvCase("wide_padding", (1, 16, 5, 5), 16, (3, 3), padding=4),
     ConvCase("two_blocks_of_pixels", (1, 4, 26, 25), 4, (1, 3), padding=(0, 1)),
 ]
-HALF_CASES = [case for case in CASES if case.name in {"3x3", "3x3_s2_odd", "groups_2", "odd_channels"}]
+HALF_CASES = [case for case in CASES if case.name in {"3x3", "3x3_s2", "3x3_s2_odd", "groups_2", "odd_channels"}]
 CASES_AND_DTYPES = [(case, torch.float32) for case in CASES]
 CASES_AND_DTYPES += [(case, dtype) for case in HALF_CASES for dtype in (torch.bfloat16, torch.float16)]
 conv_cases = pytest.mark.parametrize(("case", "dtype"), CASES_AND_DTYPES, ids=ids)
@@ -95,38 +105,52 @@ def _conv(case: ConvCase) -> ConvGeometry:
     return ConvGeometry.of("conv", case.input, case.weight, None, stride, padding, dilation, case.groups)
 
 
+def _plans(op: str, direction: str, g: ConvGeometry, policy: Policy) -> list[Candidate]:
+    """Every kernel and configuration that may serve a call: on a GPU, all that are shipped for it."""
+    return list(triton_candidates(op, direction, g, policy, chip(torch.device(DEVICE))))
+
+
 @conv_cases
 def test_forward(case: ConvCase, dtype: torch.dtype) -> None:
     g, policy = _conv(case), Policy(dtype)
     x, weight, residual = _random(case.input, dtype), _random(case.weight, dtype), _random(g.output_shape, dtype)
     bias = torch.randn(case.out_channels, device=DEVICE).to(dtype)
     terms = g.taps * g.group_in_channels
-    actual = triton.conv2d(x, weight, bias, residual, g, policy, relu=True)
-    assert_close(actual.cpu(), _oracle(aten.conv2d, x, weight, bias, residual, g, policy, True), dtype, terms, "fused")
-    actual = triton.conv2d(x, weight, None, None, g, policy, relu=False)
-    assert_close(actual.cpu(), _oracle(aten.conv2d, x, weight, None, None, g, policy, False), dtype, terms, "bare")
+    fused = _oracle(aten.conv2d, x, weight, bias, residual, g, policy, True)
+    bare = _oracle(aten.conv2d, x, weight, None, None, g, policy, False)
+    for plan in _plans("conv2d_relu", "forward", g, policy):
+        actual = triton.conv2d(x, weight, bias, residual, g, policy, relu=True, plan=plan)
+        assert_close(actual.cpu(), fused, dtype, terms, f"fused, {plan}")
+        actual = triton.conv2d(x, weight, None, None, g, policy, relu=False, plan=plan)
+        assert_close(actual.cpu(), bare, dtype, terms, f"bare, {plan}")
 
 
 @conv_cases
 def test_input_grad(case: ConvCase, dtype: torch.dtype) -> None:
     g, policy = _conv(case), Policy(dtype)
     grad, weight = _random(g.output_shape, dtype), _random(case.weight, dtype)
-    actual = triton.conv2d_input_grad(grad, weight, g, policy)
     expected = _oracle(aten.conv2d_input_grad, grad, weight, g, policy)
-    assert_close(actual.cpu(), expected, dtype, g.taps * g.group_out_channels)
+    for plan in _plans("conv2d", "input_grad", g, policy):
+        actual = triton.conv2d_input_grad(grad, weight, g, policy, plan)
+        assert_close(actual.cpu(), expected, dtype, g.taps * g.group_out_channels, str(plan))
 
 
 @conv_cases
 def test_weight_grad(case: ConvCase, dtype: torch.dtype) -> None:
     g, policy = _conv(case), Policy(dtype)
     grad, x = _random(g.output_shape, dtype), _random(case.input, dtype)
-    actual = triton.conv2d_weight_grad(grad, x, g, policy)
-    assert_close(actual.cpu(), _oracle(aten.conv2d_weight_grad, grad, x, g, policy), dtype, g.out_pixels)
-    assert torch.equal(actual, triton.conv2d_weight_grad(grad, x, g, policy)), "not the same result twice"
+    expected = _oracle(aten.conv2d_weight_grad, grad, x, g, policy)
+    for plan in _plans("conv2d", "weight_grad", g, policy):
+        actual = triton.conv2d_weight_grad(grad, x, g, policy, plan)
+        assert_close(actual.cpu(), expected, dtype, g.out_pixels, str(plan))
+        assert torch.equal(actual, triton.conv2d_weight_grad(grad, x, g, policy, plan)), f"not the same twice, {plan}"
+
+
+_POOLED = ["3x3", "3x3_s2_odd", "3x3_s2", "groups_2", "odd_channels", "small_maps", "48_taps", "two_blocks_of_pixels"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize("name", ["3x3", "3x3_s2_odd", "groups_2", "odd_channels", "two_blocks_of_pixels"])
+@pytest.mark.parametrize("name", _POOLED)
 def test_forward_with_pool(name: str, dtype: torch.dtype) -> None:
     """Values are the oracle's; the code names an element that reaches the maximum to within the same tolerance."""
     case = next(c for c in CASES if c.name == name)
@@ -134,14 +158,16 @@ def test_forward_with_pool(name: str, dtype: torch.dtype) -> None:
     pool = _pool2x2(g.output_shape)
     x, weight = _random(case.input, dtype), _random(case.weight, dtype)
     bias = torch.randn(case.out_channels, device=DEVICE).to(dtype)
-    y, code = triton.conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy)
     expected, _ = _oracle(aten.conv2d_relu_max_pool2d, x, weight, bias, g, pool, policy)
-    assert_close(y.cpu(), expected, dtype, g.taps * g.group_in_channels, "values")
     unpooled = _oracle(aten.conv2d, x, weight, bias, None, g, policy, False)
-    named = unpooled.flatten(2).gather(2, aten.code_to_indices(code.cpu(), pool).flatten(2)).view_as(expected)
-    named.masked_fill_(code.cpu() == 0, 0)
-    assert_close(named.to(dtype), expected, dtype, g.taps * g.group_in_channels, "elements that the codes name")
-    assert code.max() <= 4
+    terms = g.taps * g.group_in_channels
+    for plan in _plans("conv2d_relu_max_pool2d", "forward", g, policy):
+        y, code = triton.conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy, plan)
+        assert_close(y.cpu(), expected, dtype, terms, f"values, {plan}")
+        named = unpooled.flatten(2).gather(2, aten.code_to_indices(code.cpu(), pool).flatten(2)).view_as(expected)
+        named.masked_fill_(code.cpu() == 0, 0)
+        assert_close(named.to(dtype), expected, dtype, terms, f"elements that the codes name, {plan}")
+        assert code.max() <= 4
 
 
 def test_forward_with_another_pool() -> None:
@@ -156,19 +182,77 @@ def test_forward_with_another_pool() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-def test_nonfinite_forward(dtype: torch.dtype) -> None:
-    """A 1×1 convolution by the identity hands NaN, infinities and ties to the epilogues exactly as they are."""
-    x = _exact((2, 3, 8, 8), dtype)
-    x[..., 5:, 5:] = float("nan")
-    weight = torch.ones(3, 1, 1, 1, device=DEVICE, dtype=dtype)
-    g = ConvGeometry.of("conv", x.shape, weight.shape, None, (1, 1), (0, 0), (1, 1), 3)
-    y = triton.conv2d(x, weight, None, None, g, Policy(dtype), relu=True)
-    torch.testing.assert_close(y, x.relu(), rtol=0, atol=0, equal_nan=True)
+@pytest.mark.parametrize("shape", [(2, 3, 8, 8), (2, 16, 8, 8), (48, 16, 2, 2)], ids=str)
+def test_nonfinite_forward(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
+    """One channel of values goes through a 1×1 convolution as it is: NaN, infinities and ties reach every epilogue."""
+    x = torch.zeros(shape, dtype=dtype, device=DEVICE).to(memory_format=torch.channels_last)
+    x[:, :1] = _exact((shape[0], 1, *shape[2:]), dtype)
+    x[:, 0, 5:, 5:] = float("nan")
+    if shape[2] < 5:
+        x[:, 0] = _exact((shape[0], 1, 12, 12), dtype)[:, 0, 5:7, 5:7]
+    weight = torch.zeros(16, shape[1], 1, 1, device=DEVICE, dtype=dtype)
+    weight[:, 0] = 1
+    g, policy = ConvGeometry.of("conv", x.shape, weight.shape, None, (1, 1), (0, 0), (1, 1), 1), Policy(dtype)
+    values = x[:, :1].expand(-1, 16, -1, -1).contiguous(memory_format=torch.channels_last)
+    for plan in _plans("conv2d_relu", "forward", g, policy):
+        y = triton.conv2d(x, weight, None, None, g, policy, relu=True, plan=plan)
+        torch.testing.assert_close(y, values.relu(), rtol=0, atol=0, equal_nan=True, msg=str(plan))
     pool = _pool2x2(g.output_shape)
-    pooled, code = triton.conv2d_relu_max_pool2d(x, weight, None, g, pool, Policy(dtype))
-    expected, expected_code = aten.max_pool2d(x, pool, relu=True)
-    torch.testing.assert_close(pooled, expected, rtol=0, atol=0, equal_nan=True)
-    assert torch.equal(code, expected_code)
+    expected, expected_code = aten.max_pool2d(values, pool, relu=True)
+    for plan in _plans("conv2d_relu_max_pool2d", "forward", g, policy):
+        pooled, code = triton.conv2d_relu_max_pool2d(x, weight, None, g, pool, policy, plan)
+        torch.testing.assert_close(pooled, expected, rtol=0, atol=0, equal_nan=True, msg=str(plan))
+        assert torch.equal(code, expected_code), str(plan)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("name", ["3x3", "3x3_s2", "two_blocks_of_channels", "dilation_2"])
+def test_input_grad_closed_by_the_layer_below(name: str, dtype: torch.dtype) -> None:
+    """The mask and the bias sums in the epilogue: closed where the layer below is not positive, open where it is NaN."""
+    case = next(c for c in CASES if c.name == name)
+    g, policy = _conv(case), Policy(dtype)
+    grad, weight, gate = _random(g.output_shape, dtype), _random(case.weight, dtype), _exact(g.input_shape, dtype).relu()
+    expected = _oracle(aten.conv2d_input_grad, grad, weight, g, policy)
+    expected = torch.where(gate.cpu() <= 0, 0, expected)
+    terms = g.taps * g.group_out_channels
+    for plan in _plans("conv2d_relu", "input_grad", g, policy):
+        masked, sums = triton.conv2d_input_grad_relu(grad, weight, gate, g, policy, True, plan)
+        assert_close(masked.cpu(), expected, dtype, terms, str(plan))
+        assert sums is not None
+        assert_close(sums.cpu(), expected.sum((0, 2, 3)), dtype, terms + g.batch * g.height * g.width, f"bias, {plan}")
+        masked, sums = triton.conv2d_input_grad_relu(grad, weight, gate, g, policy, False, plan)
+        assert_close(masked.cpu(), expected, dtype, terms, str(plan))
+        assert sums is None
+
+
+def test_unaligned_storage_takes_the_pointer_kernels() -> None:
+    case = next(c for c in CASES if c.name == "3x3")
+    g = _conv(case)
+    flat = torch.randn(2 * 8 * 8 * 32 + 1, device=DEVICE)
+    x = flat[1:].view(2, 8, 8, 32).permute(0, 3, 1, 2)
+    weight, grad = _random(case.weight, torch.float32), _random(g.output_shape, torch.float32)
+    assert x.data_ptr() % 16
+    with recording(90) as launches:
+        triton.conv2d(x, weight, None, None, g, Policy(torch.float32, tf32=True), relu=False)
+        triton.conv2d(weight.new_empty(x.shape), weight, None, None, g, Policy(torch.float32, tf32=True), relu=False)
+    assert ["x_desc" in launch.arguments for launch in launches] == [False, True]
+    y = triton.conv2d(x, weight, None, None, g, POLICY, relu=False)
+    assert_close(y.cpu(), _oracle(aten.conv2d, x, weight, None, None, g, POLICY, False), torch.float32, 288)
+    grad_weight = triton.conv2d_weight_grad(grad, x, g, POLICY)
+    assert_close(grad_weight.cpu(), _oracle(aten.conv2d_weight_grad, grad, x, g, POLICY), torch.float32, 128)
+
+
+def test_descriptors_that_fail_their_test_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = _random((64, 32, 2, 2), torch.float32), _random((32, 32, 3, 3), torch.float32)
+    g = ConvGeometry.of("conv", x.shape, weight.shape, None, (1, 1), (1, 1), (1, 1), 1)
+    pool = _pool2x2(g.output_shape)
+    families = []
+    for works in (True, False):
+        monkeypatch.setattr(triton_tma, "_reads_batch_inner", lambda device, works=works: works)
+        with recording(90) as launches:
+            triton.conv2d_relu_max_pool2d(x, weight, None, g, pool, Policy(torch.float32, tf32=True))
+        families.append("x_desc" in launches[0].arguments)
+    assert families == [True, False]
 
 
 def test_any_strides() -> None:

@@ -13,6 +13,7 @@ from fastconv.backends.triton_conv import (
     conv2d,
     conv2d_backward,
     conv2d_input_grad,
+    conv2d_input_grad_relu,
     conv2d_relu_max_pool2d,
     conv2d_weight_grad,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "conv2d",
     "conv2d_backward",
     "conv2d_input_grad",
+    "conv2d_input_grad_relu",
     "conv2d_relu_max_pool2d",
     "conv2d_weight_grad",
     "global_avg_pool2d",

@@ -11,15 +11,15 @@ from types import ModuleType
 from torch import Tensor
 
 from fastconv import tuning
-from fastconv.backends import triton_pointer
+from fastconv.backends import triton_pointer, triton_tma
 from fastconv.backends.triton_launch import chip, nhwc
-from fastconv.backends.triton_pool import max_pool2d
+from fastconv.backends.triton_pool import max_pool2d, relu_backward
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 from fastconv.tuning import Candidate
 
 # Every family offers some of the launchers below, with a plan as the last argument.
-_FAMILIES: dict[str, ModuleType] = {"pointer": triton_pointer}
+_FAMILIES: dict[str, ModuleType] = {"tma": triton_tma, "pointer": triton_pointer}
 
 
 def conv2d(
@@ -32,7 +32,10 @@ def conv2d(
     relu: bool,
     plan: Candidate | None = None,
 ) -> Tensor:
-    plan = plan or _plan("conv2d_relu" if relu else "conv2d", "forward", g, policy, chip(x.device))
+    x, weight = nhwc(x), nhwc(weight)
+    if residual is not None:
+        residual = nhwc(residual)
+    plan = plan or _plan("conv2d_relu" if relu else "conv2d", "forward", g, policy, x, weight, residual)
     return _FAMILIES[plan.kernel].conv2d(x, weight, bias, residual, g, policy, relu, plan)
 
 
@@ -46,20 +49,39 @@ def conv2d_relu_max_pool2d(
     plan: Candidate | None = None,
 ) -> tuple[Tensor, Tensor]:
     if not pool.is_2x2:
-        return max_pool2d(conv2d(x, weight, bias, None, g, policy, relu=False, plan=plan), pool, relu=True)
-    plan = plan or _plan("conv2d_relu_max_pool2d", "forward", g, policy, chip(x.device))
+        return max_pool2d(conv2d(x, weight, bias, None, g, policy, relu=False), pool, relu=True)
+    x, weight = nhwc(x), nhwc(weight)
+    plan = plan or _plan("conv2d_relu_max_pool2d", "forward", g, policy, x, weight)
     return _FAMILIES[plan.kernel].conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy, plan)
 
 
 def conv2d_input_grad(
     grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy, plan: Candidate | None = None
 ) -> Tensor:
-    plan = plan or _plan("conv2d", "input_grad", g, policy, chip(grad.device))
+    grad, weight = nhwc(grad), nhwc(weight)
+    plan = plan or _plan("conv2d", "input_grad", g, policy, grad, weight)
     return _FAMILIES[plan.kernel].conv2d_input_grad(grad, weight, g, policy, plan)
 
 
+def conv2d_input_grad_relu(
+    grad: Tensor,
+    weight: Tensor,
+    gate: Tensor,
+    g: ConvGeometry,
+    policy: Policy,
+    with_bias: bool,
+    plan: Candidate | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    grad, weight, gate = nhwc(grad), nhwc(weight), nhwc(gate)
+    plan = plan or _plan("conv2d_relu", "input_grad", g, policy, grad, weight, gate)
+    if plan.kernel == triton_tma.FAMILY:
+        return triton_tma.conv2d_input_grad_relu(grad, weight, gate, g, policy, with_bias, plan)
+    return relu_backward(conv2d_input_grad(grad, weight, g, policy, plan), gate, with_bias)
+
+
 def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy, plan: Candidate | None = None) -> Tensor:
-    plan = plan or _plan("conv2d", "weight_grad", g, policy, chip(grad.device))
+    grad, x = nhwc(grad), nhwc(x)
+    plan = plan or _plan("conv2d", "weight_grad", g, policy, grad, x)
     return _FAMILIES[plan.kernel].conv2d_weight_grad(grad, x, g, policy, plan)
 
 
@@ -68,8 +90,17 @@ def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, po
     return conv2d_input_grad(grad, weight, g, policy), conv2d_weight_grad(grad, x, g, policy)
 
 
+def _plan(op: str, direction: str, g: ConvGeometry, policy: Policy, *operands: Tensor | None) -> Candidate:
+    """Tuning's first choice among the families that can read these very operands."""
+    device = operands[0].device  # type: ignore[union-attr]
+    plans = _plans(op, direction, g, policy, chip(device))
+    plan = plans[0]
+    if plan.kernel == triton_tma.FAMILY and not triton_tma.reads(plan, *operands):
+        plan = next(other for other in plans if other.kernel != triton_tma.FAMILY)
+    return plan
+
+
 @lru_cache(4096)
-def _plan(op: str, direction: str, g: ConvGeometry, policy: Policy, chip: str) -> Candidate:
-    """The Triton kernel and tiles that tuning puts first."""
+def _plans(op: str, direction: str, g: ConvGeometry, policy: Policy, chip: str) -> tuple[Candidate, ...]:
     choices = tuning.pick(op, direction, g, policy, chip, channels_last=True)
-    return next(candidate for candidate in choices if candidate.backend == "triton")
+    return tuple(candidate for candidate in choices if candidate.backend == "triton")

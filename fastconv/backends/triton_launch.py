@@ -79,20 +79,22 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments))
         return
-    device = next(a.device for a in arguments.values() if isinstance(a, Tensor))
+    operands = (getattr(argument, "base", argument) for argument in arguments.values())  # a descriptor's tensor, or itself
+    device = next(operand.device for operand in operands if isinstance(operand, Tensor))
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         kernel[grid](**arguments)
 
 
 @cache
 def kernels() -> SimpleNamespace:
-    from fastconv.kernels import avg_pool, conv_dgrad, conv_fprop, conv_wgrad, coords, global_pool, max_pool, prep
+    from fastconv.kernels import avg_pool, conv_dgrad, conv_fprop, conv_tma, conv_wgrad, coords, global_pool, max_pool, prep
 
     return SimpleNamespace(
         interpreted=bool(coords.INTERPRET),
         avg_pool=avg_pool,
         conv_dgrad=conv_dgrad,
         conv_fprop=conv_fprop,
+        conv_tma=conv_tma,
         conv_wgrad=conv_wgrad,
         global_pool=global_pool,
         max_pool=max_pool,

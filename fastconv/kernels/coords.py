@@ -41,6 +41,38 @@ def pooled_columns(first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def box_origin(box, boxes_h, boxes_w, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr):
+    """(image, row, column) of the first pixel of a box of BLOCK_B images × BLOCK_H rows × BLOCK_W columns."""
+    rest = box // boxes_w
+    return rest // boxes_h * BLOCK_B, rest % boxes_h * BLOCK_H, box % boxes_w * BLOCK_W
+
+
+@triton.jit
+def load_box(
+    desc, n, row, column, tap_row, tap_column, channel,
+    CHANNELS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    BATCH_INNER: tl.constexpr,
+):  # fmt: skip
+    """What a tap sees of a map from the box of outputs at (n, row, column): zeros outside of the map.
+
+    The map is a descriptor of (N, H, W, C), of (H, N, W, C) with BATCH_INNER, or, with strides, of
+    (N, H / SH, SH, W / SW, SW · C), in which every SH-th row and SW-th column is one box again.
+    """
+    if STRIDE_H * STRIDE_W > 1:
+        # row · S + tap − pad in blocks of S rows; pad · S is added, so that the dividend is never negative.
+        tap_row += PAD_H * (STRIDE_H - 1)
+        tap_column += PAD_W * (STRIDE_W - 1)
+        row += tap_row // STRIDE_H - PAD_H
+        column += tap_column // STRIDE_W - PAD_W
+        box = desc.load([n, row, tap_row % STRIDE_H, column, tap_column % STRIDE_W * CHANNELS + channel])
+    elif BATCH_INNER:
+        box = desc.load([row + tap_row - PAD_H, n, column + tap_column - PAD_W, channel])
+    else:
+        box = desc.load([n, row + tap_row - PAD_H, column + tap_column - PAD_W, channel])
+    return box
+
+
+@triton.jit
 def first_tap(residue, TAPS: tl.constexpr, STRIDE: tl.constexpr, GCD: tl.constexpr, INVERSE: tl.constexpr):
     """The least tap with tap · dilation ≡ residue (mod stride), or TAPS where no tap is.
 

@@ -38,7 +38,7 @@ def pick(
     ours: tuple[Candidate, ...] = (_TRITON,)
     grouped = False
     if isinstance(geometry, ConvGeometry) and direction in ("forward", "input_grad", "weight_grad"):
-        ours = triton_candidates(direction, geometry, policy, chip)
+        ours = triton_candidates(op, direction, geometry, policy, chip)
         grouped = geometry.groups > 1
     if not channels_last or (grouped and chip != "interpreter"):
         return (_ATEN, *ours)

@@ -9,6 +9,7 @@ import torch
 
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
+from fastconv.tuning import tma
 
 _INTERPRETED_PROGRAMS = 2
 _MANY_PIXELS = 4096
@@ -34,8 +35,13 @@ def capability(chip: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def triton_candidates(direction: str, g: ConvGeometry, policy: Policy, chip: str) -> tuple[Candidate, ...]:
+def triton_candidates(op: str, direction: str, g: ConvGeometry, policy: Policy, chip: str) -> tuple[Candidate, ...]:
     """The Triton kernels for a convolution in one direction, the likely best first."""
+    by_descriptors = tma.candidates(op, direction, g, policy, capability(chip))
+    return (*(_candidate(tma.FAMILY, config) for config in by_descriptors), *_pointer(direction, g, policy, chip))
+
+
+def _pointer(direction: str, g: ConvGeometry, policy: Policy, chip: str) -> tuple[Candidate, ...]:
     if direction == "weight_grad":
         return (_candidate("pointer", _weight_grad(g, policy, chip == "interpreter")),)
     if direction == "input_grad":

@@ -1,0 +1,158 @@
+"""Candidates of the kernels that read by tensor descriptors: which convolutions they take, and maps cut into boxes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from itertools import product
+
+import torch
+
+from fastconv.geometry import ConvGeometry
+from fastconv.precision import Policy
+
+FAMILY = "tma"
+Box = tuple[int, int, int]
+
+_ALIGNMENT = 16  # bytes: of every stride of a descriptor
+_ROW_BYTES = 128  # of a box's innermost side: what one line of shared memory swizzles
+_SIDES = (1, 2, 4, 8, 16)
+_LARGEST_SIDE = 256  # of a box
+_BOX_PIXELS = 64  # of a weight gradient's step, in 16 bits
+_INTERPRETED_PIXELS = 512
+
+# (output channels, pixels, warps, stages) of a forward or input gradient tile, the likely best first. Operands of 16 bits;
+# three or four stages of them fit the shared memory of sm_90 beside the tile that is stored.
+_HALF_TILES = ((128, 256, 8, 3), (128, 128, 4, 4), (64, 256, 8, 4), (64, 128, 4, 4), (64, 64, 4, 4), (128, 64, 4, 4))
+# tf32: operands of 32 bits, 32 of them to a line.
+_SINGLE_TILES = ((128, 128, 8, 3), (64, 128, 4, 4), (64, 64, 4, 4))
+# (output channels, input channels, warps, stages) of a weight gradient's tile.
+_WEIGHT_TILES = ((128, 128, 8, 4), (64, 128, 4, 4), (128, 64, 4, 4), (64, 64, 4, 4))
+
+
+def candidates(op: str, direction: str, g: ConvGeometry, policy: Policy, capability: int | None) -> Iterator[dict[str, int]]:
+    """Configurations for a call, the likely best first; none where descriptors cannot express it.
+
+    Args:
+        capability: of the chip; None under the interpreter, for which tiles are as large as the call.
+    """
+    itemsize = policy.dtype.itemsize
+    if not _takes(op, direction, g, policy, capability):
+        return
+    line = _ROW_BYTES // itemsize
+    if direction == "weight_grad":
+        yield from _weight_grad(g, policy, capability)
+        return
+    is_input_grad = direction == "input_grad"
+    reduction, outputs = (g.out_channels, g.in_channels) if is_input_grad else (g.in_channels, g.out_channels)
+    is_pooled = op == "conv2d_relu_max_pool2d"
+    if is_pooled:
+        height, width = g.out_height // 2 * 2, g.out_width // 2 * 2
+    elif is_input_grad:
+        height, width = g.height // g.stride_h, g.width // g.stride_w
+    else:
+        height, width = g.out_height, g.out_width
+    block_k = min(line, _power_of_two(reduction))
+    # With a stride over columns the channels of the next column follow: a block must not reach into them.
+    if g.stride_w > 1 and not is_input_grad:
+        block_k = min(block_k, reduction & -reduction)
+    tiles: tuple[tuple[int, int, int, int], ...] = _HALF_TILES if itemsize == 2 else _SINGLE_TILES
+    if capability is None:
+        pixels = min(_power_of_two(g.batch * height * width), _INTERPRETED_PIXELS)
+        tiles = ((min(128, max(16, _power_of_two(outputs))), max(16, pixels), 4, 1),)
+    seen = set()
+    for block_n, pixels, warps, stages in tiles:
+        if capability is not None:
+            block_n = min(block_n, max(64, _power_of_two(outputs)))
+        if g.stride_w > 1 and is_input_grad:
+            block_n = min(block_n, outputs & -outputs)
+        sides = box(pixels, g.batch, height, width, is_pooled)
+        if sides is None or (block_n, sides) in seen:
+            continue
+        seen.add((block_n, sides))
+        block_b, block_h, block_w = sides
+        config = {"BLOCK_B": block_b, "BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_N": block_n, "BLOCK_K": block_k}
+        # A 2×2 window of a box that is two columns wide lies in one thread only if images come inside of rows.
+        config["BATCH_INNER"] = int(is_pooled and block_w == 2 and g.stride == (1, 1))
+        yield {**config, "NUM_STAGES": stages, "num_warps": warps}
+
+
+def _takes(op: str, direction: str, g: ConvGeometry, policy: Policy, capability: int | None) -> bool:
+    if capability is not None and (capability < 90 or (policy.dtype == torch.float32 and not policy.tf32)):
+        return False
+    itemsize = policy.dtype.itemsize
+    if (
+        g.groups != 1
+        or g.in_channels < 16
+        or g.in_channels * itemsize % _ALIGNMENT
+        or g.out_channels * itemsize % _ALIGNMENT
+    ):
+        return False
+    if op == "conv2d_relu_max_pool2d" and g.out_channels % _ALIGNMENT:  # its codes are bytes
+        return False
+    if g.stride == (1, 1):
+        return True
+    if g.height % g.stride_h or g.width % g.stride_w or (g.stride_w > 1 and g.in_channels % 16):
+        return False
+    return direction != "input_grad" or g.dilation == (1, 1)
+
+
+def _weight_grad(g: ConvGeometry, policy: Policy, capability: int | None) -> Iterator[dict[str, int]]:
+    pixels = _BOX_PIXELS * 2 // policy.dtype.itemsize
+    tiles: tuple[tuple[int, int, int, int], ...] = _WEIGHT_TILES if policy.dtype.itemsize == 2 else ((64, 64, 4, 4),)
+    if capability is None:
+        pixels = min(max(16, _power_of_two(g.out_pixels // 2)), _INTERPRETED_PIXELS)
+        tiles = ((128, 128, 4, 1),)
+    least = 16 if capability is None else 64
+    seen = set()
+    for largest_n, largest_c, warps, stages in tiles:
+        block_n = min(largest_n, max(least, _power_of_two(g.out_channels)))
+        block_c = min(largest_c, max(16, _power_of_two(g.in_channels)))
+        for block_b, block_h, block_w in _weight_boxes(pixels, g):
+            if (block_n, block_c, block_h, block_w) not in seen:
+                seen.add((block_n, block_c, block_h, block_w))
+                sides = {"BLOCK_B": block_b, "BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_N": block_n, "BLOCK_C": block_c}
+                yield {**sides, "NUM_STAGES": stages, "num_warps": warps}
+
+
+def _weight_boxes(pixels: int, g: ConvGeometry) -> Iterator[Box]:
+    """Of the gradient's map: those that the tensor cores read without registers, whole rows or one, and the least waste."""
+    width = g.out_width
+    if width <= pixels and width & (width - 1) == 0:
+        rows = pixels // width
+        if g.out_height % rows == 0:
+            yield 1, rows, width
+        elif rows % g.out_height == 0 and rows // g.out_height <= _LARGEST_SIDE:
+            yield rows // g.out_height, g.out_height, width
+    best = box(pixels, g.batch, g.out_height, width, False)
+    if best is not None:
+        yield best
+    if 2 * width > pixels:
+        yield 1, 1, pixels
+
+
+@lru_cache(4096)
+def box(pixels: int, batch: int, height: int, width: int, is_pooled: bool) -> Box | None:
+    """(images, rows, columns) of a box of `pixels` that covers a batch of maps with the least waste.
+
+    Sides are powers of two, so that there are few of them whatever the batch and the map. Of equals the one with the
+    fewest images, then the widest, is taken: neighbours in a map share what they read. None where no box has room.
+    """
+    least = 2 if is_pooled else 1
+    best = None
+    for rows, columns in product(_SIDES, _SIDES):
+        images = pixels // (rows * columns)
+        if min(rows, columns) < least or not 1 <= images <= _LARGEST_SIDE:
+            continue
+        covered = _up(batch, images) * _up(height, rows) * _up(width, columns)
+        if best is None or (covered, images, -columns) < best[0]:
+            best = (covered, images, -columns), (images, rows, columns)
+    return None if best is None else best[1]
+
+
+def _up(size: int, side: int) -> int:
+    return -(-size // side) * side
+
+
+def _power_of_two(size: int) -> int:
+    return 1 << (size - 1).bit_length()
