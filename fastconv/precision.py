@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -27,13 +28,18 @@ def policy(dtype: torch.dtype, device_type: str) -> Policy:
     Source: torch.backends.cudnn.conv.fp32_precision (and through it torch.backends.cudnn.allow_tf32).
     """
     if device_type != "cuda" or dtype != torch.float32:
-        return Policy(dtype)
+        return _policy(dtype, False)
     switch = torch.backends.cudnn.conv  # type: ignore[attr-defined]
-    return Policy(dtype, tf32=switch.fp32_precision == "tf32")
+    return _policy(dtype, switch.fp32_precision == "tf32")
+
+
+_policy = cache(Policy)
 
 
 def autocast(operand: Tensor) -> Tensor:
     """An operand as autocast would hand it to torch's conv2d: floating-point ones but float64 in its dtype."""
+    if not torch._C._is_any_autocast_enabled():
+        return operand
     device_type = operand.device.type
     if device_type not in ("cpu", "cuda") or not torch.is_autocast_enabled(device_type):
         return operand

@@ -11,6 +11,7 @@ from torch._functorch.autograd_function import enable_single_level_autograd_func
 from torch.autograd import forward_ad
 
 import fastconv.ops  # noqa: F401  (defines torch.ops.fastconv)
+from fastconv.ops.define import IMPLEMENTATIONS
 
 ops = torch.ops.fastconv
 IntPair = tuple[int, int]
@@ -60,10 +61,31 @@ def _flat(args: tuple[Any, ...]) -> list[Any]:
 
 
 def run(op: Any, *args: Any) -> Any:
-    """Call an operator from within its Function: what it does inside is not to be recorded again."""
+    """Call an operator from within its Function: what it does inside is not to be recorded again.
+
+    The dispatcher's way into Python and back costs more than all of our own: it is passed over where nobody listens there.
+    """
+    if _is_unobserved() and all(type(arg) in _PLAIN for arg in args):
+        return _IMPLEMENTATIONS[op](*_flat(args))
     with torch._C._AutoDispatchBelowAutograd():
         return op(*_flat(args))
 
+
+def _is_unobserved() -> bool:
+    """No mode, transform, trace, autocast or profiler that acts on operators as they are dispatched."""
+    return not (
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._is_any_autocast_enabled()
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+_PLAIN = frozenset(
+    {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple, torch.Size, ConvArgs, PoolArgs}
+)
+_IMPLEMENTATIONS = {getattr(ops, name).default: function for name, function in IMPLEMENTATIONS.items()}
 
 FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}
 _library = torch.library.Library("fastconv", "IMPL")

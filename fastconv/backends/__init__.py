@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from functools import cache
+from functools import cache, lru_cache
 from types import TracebackType
 from typing import Protocol, cast
 
@@ -189,7 +189,29 @@ def select(
     Raises:
         RuntimeError: the requested backend cannot serve it; the message holds the reason.
     """
-    device_type = tensor.device.type
+    device = tensor.device
+    backend = _select(request, op, direction, geometry, policy, device.type, device.index, channels_last)
+    if request == "auto":
+        chosen.add(backend.NAME)
+    return backend
+
+
+def forget() -> None:
+    """Choose anew from now on: what can run, or the tables, changed."""
+    _select.cache_clear()
+
+
+@lru_cache(4096)
+def _select(
+    request: str,
+    op: str,
+    direction: str,
+    geometry: ConvGeometry | PoolGeometry,
+    policy: Policy,
+    device_type: str,
+    device_index: int | None,
+    channels_last: bool,
+) -> Launchers:
     if request != "auto":
         backend = load(request)
         reason = backend.supports(op, direction, geometry, policy, device_type)
@@ -199,11 +221,10 @@ def select(
                 f"Ask for another one with fastconv.use_backend, or for 'auto'."
             )
         return backend
-    for candidate in tuning.pick(op, direction, geometry, policy, chip(device_type, tensor.device.index), channels_last):
+    for candidate in tuning.pick(op, direction, geometry, policy, chip(device_type, device_index), channels_last):
         name = candidate.backend
         backend = load(name)
         if backend.supports(op, direction, geometry, policy, device_type) is None:
-            chosen.add(name)
             _note(op, direction, device_type, policy.dtype, name)
             return backend
     raise RuntimeError(f"{op} ({direction}): no backend serves {policy.dtype} on a {device_type} tensor")

@@ -45,10 +45,12 @@ def recording(capability: int) -> Iterator[list[Launch]]:
     global _recorded, _recorded_chip
     before = _recorded, _recorded_chip
     _recorded, _recorded_chip = [], f"sm_{capability}"
+    backends.forget()
     try:
         yield _recorded
     finally:
         _recorded, _recorded_chip = before
+        backends.forget()
 
 
 def is_recording() -> bool:

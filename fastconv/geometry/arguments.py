@@ -15,6 +15,10 @@ CACHE_SIZE = 4096
 
 def pair(op: str, name: str, value: int | Sequence[int], *, empty: tuple[int, int] | None = None) -> tuple[int, int]:
     """An int or a sequence of one or two ints as (height, width); `empty` is what an empty sequence stands for."""
+    if type(value) is int:
+        return (value, value)
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is int and type(value[1]) is int:
+        return value
     if isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool):
         return (value, value)
     try:
@@ -93,8 +97,9 @@ def check_residual(op: str, residual: Tensor | None, shape: Sequence[int]) -> No
 
 def memory_format(*tensors: Tensor) -> torch.memory_format:
     """torch's rule for outputs: channels_last if any operand's strides are, else contiguous."""
-    if any(_strides_like_channels_last(t) for t in tensors):
-        return torch.channels_last
+    for tensor in tensors:
+        if _strides_like_channels_last(tensor):
+            return torch.channels_last
     return torch.contiguous_format
 
 
@@ -102,7 +107,13 @@ def _strides_like_channels_last(tensor: Tensor) -> bool:
     """As c10::is_channels_last_strides_2d: ambiguous strides (N111 and the like) count as contiguous."""
     if tensor.dim() != 4:
         return False
-    shape, strides = tensor.shape, tensor.stride()
+    shape = tensor.shape
+    if 1 not in shape and 0 not in shape:  # the ordinary case, asked in one call
+        if tensor.is_contiguous(memory_format=torch.channels_last):
+            return True
+        if tensor.is_contiguous():
+            return False
+    strides = tensor.stride()
     if strides[1] == 0:
         return False
     least = 0

@@ -54,7 +54,8 @@ def conv_output_shape(
     return (input_shape[0], weight_shape[0], out_height, out_width)
 
 
-@dataclass(frozen=True)
+# Equal sizes are one object (see `of`), so that a geometry is as quick a key as its address.
+@dataclass(frozen=True, eq=False)
 class ConvGeometry:
     """A 2-d convolution's sizes: input (N, C, H, W), weight (O, C / groups, KH, KW), output (N, O, OH, OW)."""
 

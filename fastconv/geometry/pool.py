@@ -14,7 +14,8 @@ from fastconv.geometry.arguments import CACHE_SIZE
 _LARGE_WINDOW = 255  # codes 0 (closed by ReLU) and 1 ... positions must fit one byte
 
 
-@dataclass(frozen=True)
+# Equal sizes are one object (see `of`), so that a geometry is as quick a key as its address.
+@dataclass(frozen=True, eq=False)
 class PoolGeometry:
     """A 2-d pooling's sizes: input (N, C, H, W), window KH × KW, output (N, C, OH, OW)."""
 

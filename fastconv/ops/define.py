@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,9 @@ from fastconv import backends
 from fastconv.backends import Launchers
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import policy
+
+# What each operator does with plain tensors, for those who may go past the dispatcher.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 
 _library = torch.library.Library("fastconv", "DEF")
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
@@ -28,6 +32,8 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
         def implementation(*args: Any) -> Any:
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):  # operands are cast already: see precision.autocast
                 return function(*args, fake=False)
+
+        IMPLEMENTATIONS[name] = functools.partial(function, fake=False)
 
         def fake(*args: Any) -> Any:
             return function(*args, fake=True)
