@@ -1,0 +1,23 @@
+"""torch.nn.functional's convolution and pooling, and the fused ones: same argument names, order and defaults.
+
+Common to all: `input` is (N, C, H, W) or, unbatched, (C, H, W); N may be 0; strides are free. dtypes are float64, float32,
+bfloat16 and float16, the same for all operands unless autocast is on, which casts as it does for torch's own. The output
+has the input's dtype, and lies channels_last if input or weight does, else contiguous. NaN and infinities propagate as in
+torch. First and second derivatives and torch.func transforms work.
+
+All raise TypeError for an argument of the wrong type and RuntimeError for a value that torch refuses too, for a dtype
+that is not served, and where the backend named by `fastconv.use_backend` cannot serve the call.
+"""
+
+from fastconv.functional.conv import conv2d, conv2d_relu, conv2d_relu_max_pool2d
+from fastconv.functional.pool import avg_pool2d, global_avg_pool2d, max_pool2d, relu_max_pool2d
+
+__all__ = [
+    "avg_pool2d",
+    "conv2d",
+    "conv2d_relu",
+    "conv2d_relu_max_pool2d",
+    "global_avg_pool2d",
+    "max_pool2d",
+    "relu_max_pool2d",
+]

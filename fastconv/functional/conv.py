@@ -1,0 +1,136 @@
+"""Convolutions."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastconv import autograd, backends, geometry, precision
+from fastconv.autograd import ConvArgs
+from fastconv.functional.core import IntPair, batched_input, overridable, pool_args
+
+
+@overridable
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: str | IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution with bias. Equal to `torch.nn.functional.conv2d(input, weight, bias, stride, padding, dilation, groups)`.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        weight: (O, C / groups, KH, KW).
+        bias: (O,) or None.
+        stride, dilation: int or pair, 1 and more.
+        padding: int or pair, 0 and more, zeros at each side; 'valid' is 0, 'same' keeps H and W (stride 1 only).
+        groups: C and O must be divisible by it.
+
+    Returns:
+        (N, O, OH, OW), OH = floor((H + 2 · padding - dilation · (KH - 1) - 1) / stride) + 1.
+
+    Source: Dumoulin & Visin, A guide to convolution arithmetic for deep learning, arXiv:1603.07285.
+    """
+    op = "conv2d"
+    (x, w, b, _), args, batched = _conv_operands(op, input, weight, bias, None, stride, padding, dilation, groups)
+    output = autograd.call("conv2d", x, w, b, args, backends.requested())
+    return output if batched else output.squeeze(0)
+
+
+@overridable
+def conv2d_relu(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: str | IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """Convolution, bias, residual and ReLU in one pass. Equal to `relu(conv2d(input, weight, bias, ...) + residual)`.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as in `conv2d`.
+        residual: exactly the output's shape (it is not broadcast), any floating-point dtype: it is cast to the input's.
+
+    Returns:
+        (N, O, OH, OW) in the input's dtype. Backward masks the gradient and sums the bias gradient in one pass.
+    """
+    op = "conv2d_relu"
+    (x, w, b, r), args, batched = _conv_operands(op, input, weight, bias, residual, stride, padding, dilation, groups)
+    output = autograd.call("conv2d_relu", x, w, b, r, args, backends.requested())
+    return output if batched else output.squeeze(0)
+
+
+@overridable
+def conv2d_relu_max_pool2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: str | IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    pool_kernel_size: IntPair = 2,
+    pool_stride: IntPair | None = None,
+    pool_padding: IntPair = 0,
+    pool_dilation: IntPair = 1,
+    pool_ceil_mode: bool = False,
+) -> Tensor:
+    """Convolution, bias, ReLU and max-pool. Equal to `max_pool2d(relu(conv2d(input, weight, bias, ...)), pool_...)`.
+
+    Where a fused kernel serves the shape (2×2 windows with stride 2) the unpooled map never reaches memory. Backward reads
+    one code per pooled element (one byte for windows of up to 254 positions): which position won, or that ReLU closed it.
+    Of equal maxima the first wins; equality is that of the convolution's accumulator where the pool is fused, and of the
+    rounded map where it is not.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups: as in `conv2d`.
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode: as in `max_pool2d`.
+
+    Returns:
+        (N, O, PH, PW) in the input's dtype.
+    """
+    op = "conv2d_relu_max_pool2d"
+    pool = pool_args(op, pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode, prefix="pool_")
+    (x, w, b, _), args, batched = _conv_operands(op, input, weight, bias, None, stride, padding, dilation, groups)
+    output, _ = autograd.call("conv2d_relu_max_pool2d", x, w, b, args, pool, backends.requested())
+    return output if batched else output.squeeze(0)
+
+
+def _conv_operands(
+    op: str,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: IntPair,
+    padding: str | IntPair,
+    dilation: IntPair,
+    groups: int,
+) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None], ConvArgs, bool]:
+    """The batched and cast operands, the normalised parameters, and whether the input was batched."""
+    x, batched = batched_input(op, input)
+    geometry.check_tensor(op, "weight", weight)
+    for name, operand in (("bias", bias), ("residual", residual)):
+        if operand is not None:
+            geometry.check_tensor(op, name, operand)
+    groups = geometry.integer(op, "groups", groups)
+    strides, dilations = geometry.pair(op, "stride", stride), geometry.pair(op, "dilation", dilation)
+    pads, extra = geometry.conv_padding(op, padding, weight.shape, strides, dilations)
+    x, w = (precision.autocast(t) for t in (x, weight))
+    b = None if bias is None else precision.autocast(bias)
+    if extra != (0, 0):
+        x = F.pad(x, (0, extra[1], 0, extra[0]))  # 'same' with an even kernel: one more zero at the far side
+    r = residual
+    if r is not None:
+        geometry.check_floating(op, "residual", r)
+        r = (r if batched or r.dim() != 3 else r.unsqueeze(0)).to(x.dtype)
+    return (x, w, b, r), ConvArgs(strides, pads, dilations, groups), batched
