@@ -43,6 +43,9 @@ def samples(op: str, device: str, layout: torch.memory_format) -> list[tuple[Any
             (t(MAP), *operands, list(X), list(W), layout == torch.channels_last, *CONV)
             for operands in ((t(X), t(W)), (None, t(W)), (t(X), None))
         ],
+        "conv2d_backward_relu": [
+            (t(MAP), t(X), t(W), *wanted, *CONV) for wanted in ((True, True), (True, False), (False, True))
+        ],
         "bias_grad": [(t(MAP),)],
         "relu_backward": [(t(MAP), t(MAP), True), (t(MAP), t(MAP), False)],
         "max_pool2d": [
@@ -63,6 +66,7 @@ OPERATORS = [
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
     "conv2d_backward",
+    "conv2d_backward_relu",
     "bias_grad",
     "relu_backward",
     "max_pool2d",

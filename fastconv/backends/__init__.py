@@ -75,6 +75,16 @@ class Launchers(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """(conv2d_input_grad, conv2d_weight_grad), for those whom doing both at once spares something."""
 
+    def conv2d_input_grad_relu(
+        self, grad: Tensor, weight: Tensor, gate: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """relu_backward of conv2d_input_grad, where `gate` is the convolution's own input: the output of a ReLU below."""
+
+    def conv2d_backward_relu(
+        self, grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(masked input gradient, weight gradient, bias sum): conv2d_input_grad_relu with gate `x`, conv2d_weight_grad."""
+
     def bias_grad(self, grad: Tensor) -> Tensor:
         """grad.sum((0, 2, 3))."""
 

@@ -105,6 +105,20 @@ def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, po
     return aten.conv2d_backward(_dense(grad), _dense(x), weight, g, policy)
 
 
+def conv2d_input_grad_relu(
+    grad: Tensor, weight: Tensor, gate: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    return relu_backward(conv2d_input_grad(grad, weight, g, policy), gate, with_bias)
+
+
+def conv2d_backward_relu(
+    grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    grad_input, grad_weight = conv2d_backward(grad, x, weight, g, policy)
+    masked, bias = relu_backward(grad_input, x, with_bias)
+    return masked, grad_weight, bias
+
+
 def bias_grad(grad: Tensor) -> Tensor:
     output = grad.new_empty(grad.shape[1])
     _kernel("bias_grad")(_dense(grad), output)

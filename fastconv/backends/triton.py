@@ -12,6 +12,7 @@ import torch
 from fastconv.backends.triton_conv import (
     conv2d,
     conv2d_backward,
+    conv2d_backward_relu,
     conv2d_input_grad,
     conv2d_input_grad_relu,
     conv2d_relu_max_pool2d,
@@ -38,6 +39,7 @@ __all__ = [
     "bias_grad",
     "conv2d",
     "conv2d_backward",
+    "conv2d_backward_relu",
     "conv2d_input_grad",
     "conv2d_input_grad_relu",
     "conv2d_relu_max_pool2d",

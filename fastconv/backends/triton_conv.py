@@ -90,6 +90,14 @@ def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, po
     return conv2d_input_grad(grad, weight, g, policy), conv2d_weight_grad(grad, x, g, policy)
 
 
+def conv2d_backward_relu(
+    grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    grad = nhwc(grad)
+    masked, bias = conv2d_input_grad_relu(grad, weight, x, g, policy, with_bias)
+    return masked, conv2d_weight_grad(grad, x, g, policy), bias
+
+
 def _plan(op: str, direction: str, g: ConvGeometry, policy: Policy, *operands: Tensor | None) -> Candidate:
     """Tuning's first choice among the families that can read these very operands."""
     device = operands[0].device  # type: ignore[union-attr]

@@ -170,6 +170,49 @@ def conv2d_backward(
     return grad_input, grad_weight
 
 
+@operator(
+    "conv2d_backward_relu(Tensor grad, Tensor input, Tensor weight, bool with_weight, bool with_bias, "
+    f"{_CONV}, str backend) -> (Tensor, Tensor, Tensor)"
+)
+def conv2d_backward_relu(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    with_weight: bool,
+    with_bias: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+    *,
+    fake: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """conv2d_backward where `input` is the output of a layer's ReLU, and that ReLU's backward.
+
+    Returns (input gradient with zeros where input <= 0, weight gradient, the first one's sum over (N, H, W)): the second
+    with `with_weight`, the third, which is the lower layer's bias gradient, with `with_bias`, else empty.
+    """
+    g = ConvGeometry.of("conv2d_backward_relu", input.shape, weight.shape, None, stride, padding, dilation, groups)
+    arithmetic = policy(grad.dtype, grad.device.type)
+    layout = geometry.memory_format(grad, input, weight)
+    weight_layout = geometry.memory_format(weight)
+    if fake:
+        masked = grad.new_empty(g.input_shape).to(memory_format=layout)
+        grad_weight = grad.new_empty(g.weight_shape).to(memory_format=weight_layout) if with_weight else absent(grad)
+        return masked, grad_weight, optional_bias(grad, g.in_channels, with_bias)
+    for_input = launchers_for(backend, "conv2d_relu", "input_grad", g, grad, layout)
+    grad_weight = absent(grad)
+    if with_weight:
+        for_weight = launchers_for(backend, "conv2d", "weight_grad", g, grad, layout)
+        if for_input is for_weight:
+            masked, grad_weight, bias = for_input.conv2d_backward_relu(grad, input, weight, g, arithmetic, with_bias)
+            return dense(masked, layout), dense(grad_weight, weight_layout), absent(grad) if bias is None else bias
+        grad_weight = dense(for_weight.conv2d_weight_grad(grad, input, g, arithmetic), weight_layout)
+    masked, bias = for_input.conv2d_input_grad_relu(grad, weight, input, g, arithmetic, with_bias)
+    return dense(masked, layout), grad_weight, absent(grad) if bias is None else bias
+
+
 def _map_geometry(op: str, tensor: Tensor) -> PoolGeometry:
     """The geometry of an element-wise pass: a window of one element."""
     one, zero = (1, 1), (0, 0)

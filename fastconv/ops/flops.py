@@ -46,12 +46,26 @@ def _backward(
     return gradients * ConvGeometry.of("conv2d_backward", input_shape, weight_shape, None, *conv[:4]).flops()
 
 
+def _backward_relu(
+    grad: Shape,
+    input: Shape,
+    weight: Shape,
+    with_weight: bool,
+    with_bias: bool,
+    *conv: Any,
+    out_shape: Any = None,
+    **_: Any,
+) -> int:
+    return (1 + with_weight) * ConvGeometry.of("conv2d_backward_relu", input, weight, None, *conv[:4]).flops()
+
+
 def _register() -> None:
     """A formula gets its operator's arguments, with shapes in the place of tensors."""
     ops, register = torch.ops.fastconv, sys.modules[_COUNTER].register_flop_formula
     register([ops.conv2d, ops.conv2d_relu_max_pool2d])(_forward)
     register([ops.conv2d_relu])(_forward_with_residual)
     register([ops.conv2d_backward])(_backward)
+    register([ops.conv2d_backward_relu])(_backward_relu)
 
 
 class _AfterImport(MetaPathFinder):
