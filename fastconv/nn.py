@@ -6,11 +6,12 @@ move freely in both directions. `from_torch` makes one from an existing torch.nn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from fastconv import functional
 
@@ -77,6 +78,10 @@ class ConvReLU2d(Conv2d):
         relu(conv2d(input, weight, bias, stride, padding, dilation, groups) + residual)
     """
 
+    def _layer(self) -> functional.ConvLayer:
+        """This layer for functional.conv_chain, zero padding assumed."""
+        return functional.ConvLayer(self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         input, padding = self._padded(input)
         return functional.conv2d_relu(
@@ -137,6 +142,22 @@ class ConvReLUMaxPool2d(Conv2d):
         self.pool_dilation = pool_dilation
         self.pool_ceil_mode = pool_ceil_mode
 
+    def _layer(self) -> functional.ConvLayer:
+        """This layer for functional.conv_chain, zero padding assumed."""
+        return functional.ConvLayer(
+            self.weight,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            self.pool_kernel_size,
+            self.pool_stride,
+            self.pool_padding,
+            self.pool_dilation,
+            self.pool_ceil_mode,
+        )
+
     def forward(self, input: Tensor) -> Tensor:
         input, padding = self._padded(input)
         return functional.conv2d_relu_max_pool2d(
@@ -159,6 +180,68 @@ class ConvReLUMaxPool2d(Conv2d):
             f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, pool_stride={self.pool_stride}, "
             f"pool_padding={self.pool_padding}, pool_dilation={self.pool_dilation}, pool_ceil_mode={self.pool_ceil_mode}"
         )
+
+
+class ConvChain(torch.nn.Sequential):
+    """`torch.nn.Sequential` whose neighbouring ConvReLU2d and ConvReLUMaxPool2d run as one `functional.conv_chain`.
+
+    Same constructor, keys, slices and results. Identities between two layers do not part them. A member is run by itself,
+    with everything that its call implies, where it is of another class (a subclass or parametrized layer included), has
+    hooks, a patched forward or a padding_mode other than 'zeros'; and all members are while global hooks are registered
+    and while torch.compile traces.
+
+    Backward is one node of the graph: the gradients of all layers of a run arrive together.
+
+    Equal to:
+        for module in self:
+            input = module(input)
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.compiler.is_compiling() or _has_any_global_hook():
+            return cast(Tensor, super().forward(input))
+        for part in self.parts(self):
+            if len(part) == 1:
+                input = part[0](input)
+            else:
+                input = functional.conv_chain(input, [cast(_Chainable, layer)._layer() for layer in part])
+        return input
+
+    @staticmethod
+    def parts(modules: Iterable[torch.nn.Module]) -> Iterator[list[torch.nn.Module]]:
+        """`modules` as a ConvChain runs them: lists of the layers of a chain, and of one module that runs by itself."""
+        layers: list[torch.nn.Module] = []
+        for module in modules:
+            if isinstance(module, torch.nn.Identity) and _is_nothing_but(module, torch.nn.Identity):
+                continue
+            if _is_chainable(module):
+                layers.append(module)
+                continue
+            if layers:
+                yield layers
+            yield [module]
+            layers = []
+        if layers:
+            yield layers
+
+
+_Chainable = ConvReLU2d | ConvReLUMaxPool2d
+
+
+def _is_chainable(module: torch.nn.Module) -> bool:
+    return _is_nothing_but(module, ConvReLU2d, ConvReLUMaxPool2d) and module.padding_mode == "zeros"
+
+
+def _is_nothing_but(module: torch.nn.Module, *kinds: type[torch.nn.Module]) -> bool:
+    """Whether calling `module`, of exactly one of `kinds`, runs the forward of its class and nothing else."""
+    return type(module) in kinds and not (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or module._compiled_call_impl is not None
+        or "forward" in module.__dict__
+    )
 
 
 class MaxPool2d(torch.nn.MaxPool2d):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,6 +55,15 @@ def conv2d_relu_max_pool2d(
 ) -> Tensor:
     output = F.relu(F.conv2d(input, weight, bias, stride, padding, dilation, groups))
     return F.max_pool2d(output, pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode)
+
+
+def conv_chain(input: Tensor, layers: Sequence[tuple[Any, ...]]) -> Tensor:
+    """`layers` as functional.ConvLayer has them: weight to groups, and max_pool2d's arguments or None for the window."""
+    for layer in layers:
+        input = F.relu(F.conv2d(input, *layer[:6]))
+        if layer[6] is not None:
+            input = F.max_pool2d(input, *layer[6:])
+    return input
 
 
 def relu_max_pool2d(

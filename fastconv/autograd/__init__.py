@@ -6,6 +6,7 @@ backward is being built (create_graph=True, torch.func), the same gradients are 
 """
 
 from fastconv.autograd import conv, pool  # noqa: F401  (define the Functions and register them)
+from fastconv.autograd.chain import ChainLayer, call_chain
 from fastconv.autograd.core import ConvArgs, PoolArgs, call
 
-__all__ = ["ConvArgs", "PoolArgs", "call"]
+__all__ = ["ChainLayer", "ConvArgs", "PoolArgs", "call", "call_chain"]

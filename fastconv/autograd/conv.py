@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,28 +13,39 @@ from fastconv.autograd.pool import unpool
 from fastconv.geometry import conv_output_shape, memory_format
 
 
-def conv_grads(ctx: Any, grad: Tensor, input: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Input and weight gradient of a convolution whose output gradient is `grad`."""
-    args: ConvArgs = ctx.conv
-    need_input, need_weight = ctx.needs_input_grad[:2]
+class Conv(NamedTuple):
+    """What backward has to know of a convolution besides the tensors that it reads."""
+
+    input_shape: torch.Size
+    weight_shape: torch.Size
+    weight_channels_last: bool
+    args: ConvArgs
+    backend: str
+
+    @classmethod
+    def of(cls, input: Tensor, weight: Tensor, args: ConvArgs, backend: str) -> Conv:
+        return cls(input.shape, weight.shape, memory_format(weight) == torch.channels_last, args, backend)
+
+
+def conv_grads(conv: Conv, grad: Tensor, input: Tensor | None, weight: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Input gradient (where a weight is given) and weight gradient (where an input is) for the output's gradient `grad`."""
     grad_input = grad_weight = None
     if torch.is_grad_enabled():
-        if need_input:
-            grad_input = conv2d_input(ctx.input_shape, weight, grad, *args)
-        if need_weight:
-            grad_weight = conv2d_weight(input, ctx.weight_shape, grad, *args)
+        if weight is not None:
+            grad_input = conv2d_input(conv.input_shape, weight, grad, *conv.args)
+        if input is not None:
+            grad_weight = conv2d_weight(input, conv.weight_shape, grad, *conv.args)
         return grad_input, grad_weight
-    if need_input or need_weight:
-        shapes = (ctx.input_shape, ctx.weight_shape, ctx.weight_channels_last)
-        grad_input, grad_weight = ops.conv2d_backward.default(grad, input, weight, *shapes, *args, ctx.backend)
-    return grad_input if need_input else None, grad_weight if need_weight else None
+    if weight is not None or input is not None:
+        grad_input, grad_weight = ops.conv2d_backward.default(grad, input, weight, *conv[:3], *conv.args, conv.backend)
+    return None if weight is None else grad_input, None if input is None else grad_weight
 
 
-def relu_backward(ctx: Any, grad: Tensor, output: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+def relu_backward(grad: Tensor, output: Tensor, with_bias: bool, backend: str) -> tuple[Tensor, Tensor | None]:
     if torch.is_grad_enabled():
         masked = grad.masked_fill(output <= 0, 0)
         return masked, masked.sum((0, 2, 3)) if with_bias else None
-    masked, bias = ops.relu_backward.default(grad, output, with_bias, ctx.backend)
+    masked, bias = ops.relu_backward.default(grad, output, with_bias, backend)
     return masked, bias if with_bias else None
 
 
@@ -42,9 +53,7 @@ def _keep_conv(ctx: Any, input: Tensor, weight: Tensor, args: ConvArgs, backend:
     """Save what the needed gradients read: the input for the weight's, the weight for the input's, and `more`."""
     need_input, need_weight = ctx.needs_input_grad[:2]
     ctx.save_for_backward(input if need_weight else None, weight if need_input else None, *more)
-    ctx.input_shape, ctx.weight_shape = input.shape, weight.shape
-    ctx.weight_channels_last = memory_format(weight) == torch.channels_last
-    ctx.conv, ctx.backend = args, backend
+    ctx.conv = Conv.of(input, weight, args, backend)
     ctx.set_materialize_grads(False)
 
 
@@ -69,8 +78,8 @@ class Conv2d(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         bias = None
         if ctx.needs_input_grad[2]:
-            bias = grad.sum((0, 2, 3)) if torch.is_grad_enabled() else ops.bias_grad.default(grad, ctx.backend)
-        return (*conv_grads(ctx, grad, input, weight), bias, None, None)
+            bias = grad.sum((0, 2, 3)) if torch.is_grad_enabled() else ops.bias_grad.default(grad, ctx.conv.backend)
+        return (*conv_grads(ctx.conv, grad, input, weight), bias, None, None)
 
 
 class Conv2dReLU(torch.autograd.Function):
@@ -94,9 +103,9 @@ class Conv2dReLU(torch.autograd.Function):
         if grad is None:
             return (None,) * 6
         input, weight, output = ctx.saved_tensors
-        masked, bias = relu_backward(ctx, grad, output, ctx.needs_input_grad[2])
+        masked, bias = relu_backward(grad, output, ctx.needs_input_grad[2], ctx.conv.backend)
         residual = masked if ctx.needs_input_grad[3] else None
-        return (*conv_grads(ctx, masked, input, weight), bias, residual, None, None)
+        return (*conv_grads(ctx.conv, masked, input, weight), bias, residual, None, None)
 
 
 class Conv2dReLUMaxPool2d(torch.autograd.Function):
@@ -123,8 +132,9 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
         if grad is None:
             return (None,) * 6
         input, weight, code = ctx.saved_tensors
-        unpooled, bias = unpool(ctx, grad, code, ctx.unpooled_shape, ctx.needs_input_grad[2])
-        return (*conv_grads(ctx, unpooled, input, weight), bias, None, None, None)
+        need_bias = ctx.needs_input_grad[2]
+        unpooled, bias = unpool(grad, code, ctx.unpooled_shape, ctx.pool, need_bias, ctx.conv.backend)
+        return (*conv_grads(ctx.conv, unpooled, input, weight), bias, None, None, None)
 
 
 register(Conv2d, "conv2d", lambda x, w, b, *a: (x, w, b, ConvArgs(*a[:4]), a[4]))

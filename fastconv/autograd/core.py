@@ -48,10 +48,10 @@ def call(name: str, *args: Any) -> Any:
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:
         return function.forward(*args)
-    return _record(function, *args)
+    return record(function, *args)
 
 
-def _record(function: type[torch.autograd.Function], *args: Any) -> Any:
+def record(function: type[torch.autograd.Function], *args: Any) -> Any:
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
@@ -104,7 +104,7 @@ def register(function: type[torch.autograd.Function], name: str, pack: Callable[
         wanted = torch.is_grad_enabled() and torch._C._any_requires_grad(*args)
         if wanted or forward_ad._current_level >= 0:
             with enable_single_level_autograd_function():  # of torch.func, whose transforms call this one at a time
-                return _record(function, *pack(*args))
+                return record(function, *pack(*args))
         with torch._C._AutoDispatchBelowAutograd():
             return op.redispatch(keys & torch._C._after_autograd_keyset, *args)
 

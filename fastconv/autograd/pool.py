@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,16 +12,17 @@ from fastconv.autograd.core import Grads, PoolArgs, ops, register, run
 from fastconv.geometry import memory_format
 
 
-def unpool(ctx: Any, grad: Tensor, code: Tensor, shape: torch.Size, with_bias: bool) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the map that a max-pool (after ReLU or not) has read."""
-    args: PoolArgs = ctx.pool
+def unpool(
+    grad: Tensor, code: Tensor, shape: Sequence[int], args: PoolArgs, with_bias: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the map that a max-pool (after ReLU or not) has read, and its sum over (N, H, W)."""
     if torch.is_grad_enabled():
         open_grad = grad.masked_fill(code == 0, 0)
         indices = ops.max_pool2d_indices.default(code, shape, *args)
         flat = grad.new_zeros((*shape[:2], shape[2] * shape[3]))
         unpooled = flat.scatter_add(2, indices.flatten(2), open_grad.flatten(2)).view(shape)
         return unpooled, open_grad.sum((0, 2, 3)) if with_bias else None
-    unpooled, bias = ops.max_pool2d_backward.default(grad, code, shape, *args, with_bias, ctx.backend)
+    unpooled, bias = ops.max_pool2d_backward.default(grad, code, shape, *args, with_bias, backend)
     return unpooled, bias if with_bias else None
 
 
@@ -47,7 +49,7 @@ class MaxPool2d(torch.autograd.Function):
         if grad is None:
             return (None,) * 4
         (code,) = ctx.saved_tensors
-        return unpool(ctx, grad, code, ctx.input_shape, False)[0], None, None, None
+        return unpool(grad, code, ctx.input_shape, ctx.pool, False, ctx.backend)[0], None, None, None
 
 
 class AvgPool2d(torch.autograd.Function):

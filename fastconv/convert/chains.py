@@ -23,10 +23,11 @@ _M = TypeVar("_M", bound=nn.Module)
 def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The same model on fastconv's layers: same outputs, names and Parameters.
 
-    Inside a torch.nn.Sequential, Conv2d → ReLU (→ MaxPool2d) becomes one fused module; elsewhere a single Conv2d,
-    MaxPool2d, AvgPool2d or AdaptiveAvgPool2d(1) becomes fastconv.nn's. Left as they are: subclasses of these (their
-    forward is not known), modules with hooks, parametrizations or attributes of their own, one module used in several
-    places, and weights of a dtype that fastconv does not serve. Converting twice changes nothing more.
+    Inside a torch.nn.Sequential, Conv2d → ReLU (→ MaxPool2d) becomes one fused module, and where two of these follow
+    each other the Sequential becomes a fastconv.nn.ConvChain; elsewhere a single Conv2d, MaxPool2d, AvgPool2d or
+    AdaptiveAvgPool2d(1) becomes fastconv.nn's. Left as they are: subclasses of these (their forward is not known),
+    modules with hooks, parametrizations or attributes of their own, one module used in several places, and weights of a
+    dtype that fastconv does not serve. Converting twice changes nothing more.
 
     Code that runs the members of a Sequential one by one, to take features between a convolution and its ReLU, sees
     the fused result there.
@@ -57,10 +58,11 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         if id(module) in shared:
             continue
         # `forward` may be a subclass's own, or patched onto the instance.
-        if isinstance(module, nn.Sequential) and getattr(module.forward, "__func__", None) is nn.Sequential.forward:
+        if isinstance(module, nn.Sequential) and getattr(module.forward, "__func__", None) in _IN_ORDER:
             _fuse_chains(module, shared)
         for name, child in list(module.named_children()):
             module.add_module(name, _swapped(child, shared))
+        _make_chain(module)
     return _swapped(model, shared)
 
 
@@ -88,6 +90,18 @@ def _fuse_chains(sequence: nn.Sequential, shared: Collection[int]) -> None:
             sequence.add_module(conv_at, fused)
             sequence.add_module(pool_at, nn.Identity().train(pool.training))
         sequence.add_module(relu_at, nn.Identity().train(relu.training))
+
+
+def _make_chain(module: nn.Module) -> None:
+    """Make a plain Sequential in which fused layers follow each other a ConvChain.
+
+    The object stays and takes on the class: its place in the model, keys, hooks and attributes, the root's identity
+    with them, are what they were.
+    """
+    if type(module) is not nn.Sequential or "forward" in vars(module) or None in module._modules.values():
+        return
+    if any(len(part) > 1 for part in fast.ConvChain.parts(module)):
+        module.__class__ = fast.ConvChain
 
 
 def _swapped(module: nn.Module, shared: Collection[int]) -> nn.Module:
@@ -141,6 +155,8 @@ _ATTRIBUTES: dict[type[nn.Module], frozenset[str]] = {
         nn.AdaptiveAvgPool2d(1),
     )
 }
+# Forwards that run the members one behind the other.
+_IN_ORDER = (nn.Sequential.forward, fast.ConvChain.forward)
 _SWAPS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Conv2d: fast.Conv2d.from_torch,
     nn.MaxPool2d: fast.MaxPool2d.from_torch,

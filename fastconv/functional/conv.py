@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from fastconv import autograd, backends, geometry, precision
-from fastconv.autograd import ConvArgs
+from fastconv.autograd import ChainLayer, ConvArgs
 from fastconv.functional.core import IntPair, batched_input, overridable, pool_args
 
 
@@ -105,6 +109,60 @@ def conv2d_relu_max_pool2d(
     return output if batched else output.squeeze(0)
 
 
+class ConvLayer(NamedTuple):
+    """A layer of `conv_chain`: the arguments of `conv2d_relu_max_pool2d`, or without a pool_kernel_size of `conv2d_relu`."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: IntPair = 1
+    padding: str | IntPair = 0
+    dilation: IntPair = 1
+    groups: int = 1
+    pool_kernel_size: IntPair | None = None
+    pool_stride: IntPair | None = None
+    pool_padding: IntPair = 0
+    pool_dilation: IntPair = 1
+    pool_ceil_mode: bool = False
+
+
+def conv_chain(input: Tensor, layers: Sequence[ConvLayer]) -> Tensor:
+    """Layers of convolution, ReLU and, where asked for, max-pool, each on the output of the one before.
+
+    Equal to `conv2d_relu` or `conv2d_relu_max_pool2d` of each layer in turn. As nothing else reads what lies between two
+    layers, backward masks the gradient and sums the bias gradient of a layer where the input gradient of the one above
+    is computed. Saved are each layer's input and the codes of the pools, and of the last layer without a pool the output.
+
+    Args:
+        input: (N, C, H, W) or (C, H, W).
+        layers: any number of them.
+
+    Returns:
+        The last layer's output in the input's dtype.
+    """
+    for layer in layers:
+        if not isinstance(layer, ConvLayer):
+            raise TypeError(f"conv_chain: layers must be a sequence of ConvLayer, got one of type {type(layer).__name__}")
+    operands = (input, *(tensor for layer in layers for tensor in layer[:2]))
+    if has_torch_function(operands):
+        result: Tensor = handle_torch_function(conv_chain, operands, input, layers)
+        return result
+    x, batched, run = input, True, list[ChainLayer]()
+    for i, layer in enumerate(layers):
+        op, pool = "conv2d_relu", None
+        if layer.pool_kernel_size is not None:
+            op = "conv2d_relu_max_pool2d"
+            pool = pool_args(op, layer.pool_kernel_size, *layer[7:], prefix="pool_")
+        if i == 0:
+            x, batched = batched_input(op, input)
+            x = precision.autocast(x)
+        w, b, args, extra = _conv_parameters(op, *layer[:6])
+        if extra != (0, 0):
+            x, run = _pad_far(autograd.call_chain(x, run, backends.requested()), extra), []
+        run.append(ChainLayer(w, b, args, pool))
+    x = autograd.call_chain(x, run, backends.requested())
+    return x if batched else x.squeeze(0)
+
+
 def _conv_operands(
     op: str,
     input: Tensor,
@@ -118,19 +176,38 @@ def _conv_operands(
 ) -> tuple[tuple[Tensor, Tensor, Tensor | None, Tensor | None], ConvArgs, bool]:
     """The batched and cast operands, the normalised parameters, and whether the input was batched."""
     x, batched = batched_input(op, input)
+    w, b, args, extra = _conv_parameters(op, weight, bias, stride, padding, dilation, groups)
+    x = precision.autocast(x)
+    if extra != (0, 0):
+        x = _pad_far(x, extra)
+    r = residual
+    if r is not None:
+        geometry.check_tensor(op, "residual", r)
+        geometry.check_floating(op, "residual", r)
+        r = (r if batched or r.dim() != 3 else r.unsqueeze(0)).to(x.dtype)
+    return (x, w, b, r), args, batched
+
+
+def _conv_parameters(
+    op: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: IntPair,
+    padding: str | IntPair,
+    dilation: IntPair,
+    groups: int,
+) -> tuple[Tensor, Tensor | None, ConvArgs, tuple[int, int]]:
+    """The cast weight and bias, the normalised parameters, and the rows and columns that 'same' adds at the far side."""
     geometry.check_tensor(op, "weight", weight)
-    for name, operand in (("bias", bias), ("residual", residual)):
-        if operand is not None:
-            geometry.check_tensor(op, name, operand)
+    if bias is not None:
+        geometry.check_tensor(op, "bias", bias)
     groups = geometry.integer(op, "groups", groups)
     strides, dilations = geometry.pair(op, "stride", stride), geometry.pair(op, "dilation", dilation)
     pads, extra = geometry.conv_padding(op, padding, weight.shape, strides, dilations)
-    x, w = (precision.autocast(t) for t in (x, weight))
     b = None if bias is None else precision.autocast(bias)
-    if extra != (0, 0):
-        x = F.pad(x, (0, extra[1], 0, extra[0]))  # 'same' with an even kernel: one more zero at the far side
-    r = residual
-    if r is not None:
-        geometry.check_floating(op, "residual", r)
-        r = (r if batched or r.dim() != 3 else r.unsqueeze(0)).to(x.dtype)
-    return (x, w, b, r), ConvArgs(strides, pads, dilations, groups), batched
+    return precision.autocast(weight), b, ConvArgs(strides, pads, dilations, groups), extra
+
+
+def _pad_far(x: Tensor, extra: tuple[int, int]) -> Tensor:
+    """With zeros for 'same' with an even kernel, which the convolution's own padding cannot give to one side only."""
+    return F.pad(x, (0, extra[1], 0, extra[0]))
