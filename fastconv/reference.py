@@ -66,6 +66,43 @@ def conv_chain(input: Tensor, layers: Sequence[tuple[Any, ...]]) -> Tensor:
     return input
 
 
+def batch_norm_relu(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+) -> Tensor:
+    output = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return F.relu(output if residual is None else output + residual.to(output.dtype))
+
+
+def batch_norm_relu_max_pool2d(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    pool_kernel_size: IntPair = 2,
+    pool_stride: IntPair | None = None,
+    pool_padding: IntPair = 0,
+    pool_dilation: IntPair = 1,
+    pool_ceil_mode: bool = False,
+) -> Tensor:
+    output = batch_norm_relu(input, running_mean, running_var, weight, bias, training, momentum, eps, residual=residual)
+    return F.max_pool2d(output, pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode)
+
+
 def relu_max_pool2d(
     input: Tensor,
     kernel_size: IntPair,

@@ -5,7 +5,7 @@ a layer's input and weight, its output where ReLU masks, or the one-byte code wh
 backward is being built (create_graph=True, torch.func), the same gradients are expressed in differentiable torch ops.
 """
 
-from fastconv.autograd import conv, pool  # noqa: F401  (define the Functions and register them)
+from fastconv.autograd import conv, norm, pool  # noqa: F401  (define the Functions and register them)
 from fastconv.autograd.chain import ChainLayer, call_chain
 from fastconv.autograd.core import ConvArgs, PoolArgs, call
 

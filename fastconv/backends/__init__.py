@@ -25,6 +25,9 @@ from fastconv.precision import Policy
 
 NAMES = ("triton", "native", "aten")
 REQUESTS = ("auto", *NAMES)
+
+# Of a batch normalisation, one value a channel each: (mean, biased variance).
+Statistics = tuple[Tensor, Tensor]
 _VARIABLE = "FASTCONV_BACKEND"
 
 _log = logging.getLogger("fastconv")
@@ -112,6 +115,57 @@ class Launchers(Protocol):
 
     def global_avg_pool2d_backward(self, grad: Tensor, height: int, width: int) -> Tensor:
         """grad / (height · width), spread over the map."""
+
+    def batch_norm_relu(
+        self,
+        x: Tensor,
+        statistics: Statistics | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+    ) -> tuple[Tensor, Statistics]:
+        """(relu((x − mean) / √(var + eps) · weight + bias + residual), (mean, var)).
+
+        Without `statistics` the batch's own are taken, and returned in float32 (float64 for float64).
+        """
+
+    def batch_norm_relu_max_pool2d(
+        self,
+        x: Tensor,
+        statistics: Statistics | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        eps: float,
+        pool: PoolGeometry,
+    ) -> tuple[Tensor, Tensor, Statistics]:
+        """(max_pool2d of batch_norm_relu, code, statistics)."""
+
+    def batch_norm_relu_backward(
+        self,
+        grad: Tensor,
+        gate: Tensor,
+        x: Tensor | None,
+        statistics: Statistics,
+        weight: Tensor | None,
+        eps: float,
+        training: bool,
+        pool: PoolGeometry | None,
+        with_input: bool,
+        with_residual: bool,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(x's gradient when `with_input`, sums where `x` is given, the residual's gradient when `with_residual`).
+
+        The closed gradient is where(gate <= 0, 0, grad), `gate` the output; with a `pool` its unpooled gradient, `gate`
+        the code. The sums, [2, C] of the statistics' dtype, are the bias's gradient and the weight's: of the closed
+        gradient, and of its products with the normalised x. When `training`, with `x` given, the statistics depend on x.
+        """
+
+    def batch_norm_update(
+        self, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+    ) -> None:
+        """In place: running = (1 − momentum) · running + momentum · batch, with var · count / (count − 1)."""
 
 
 def check_request(name: str, source: str = "use_backend") -> str:

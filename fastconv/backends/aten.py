@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastconv.geometry import ConvGeometry, PoolGeometry, memory_format
+from fastconv.backends import Statistics
+from fastconv.geometry import ConvGeometry, PoolGeometry, memory_format, statistics_dtype
 from fastconv.precision import Policy
 
 NAME = "aten"
@@ -180,3 +181,90 @@ def global_avg_pool2d(x: Tensor) -> Tensor:
 
 def global_avg_pool2d_backward(grad: Tensor, height: int, width: int) -> Tensor:
     return (grad / (height * width)).expand(-1, -1, height, width)
+
+
+def batch_norm_relu(
+    x: Tensor,
+    statistics: Statistics | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Statistics]:
+    output, statistics = _batch_norm(x, statistics, weight, bias, residual, eps)
+    return output.relu_(), statistics
+
+
+def batch_norm_relu_max_pool2d(
+    x: Tensor,
+    statistics: Statistics | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    pool: PoolGeometry,
+) -> tuple[Tensor, Tensor, Statistics]:
+    output, statistics = _batch_norm(x, statistics, weight, bias, residual, eps)
+    return *max_pool2d(output, pool, relu=True), statistics
+
+
+def _batch_norm(
+    x: Tensor,
+    statistics: Statistics | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Statistics]:
+    dtype = statistics_dtype(x)
+    count = x.numel() // x.shape[1]
+    mean, var = statistics or (torch.zeros(x.shape[1], dtype=dtype, device=x.device) for _ in range(2))
+    if count == 0:
+        return torch.empty_like(x), (mean, var)
+    # torch keeps no variance of the batch, but moves zeros by a momentum of 1 to it: the unbiased one.
+    operands = (None if t is None else t.to(dtype) for t in (weight, bias, mean, var))
+    output, _, _ = torch.ops.aten.native_batch_norm(x, *operands, statistics is None, 1.0, eps)
+    if statistics is None:
+        var *= (count - 1) / count
+    if residual is not None:
+        output += residual
+    return output, (mean, var)
+
+
+def batch_norm_relu_backward(
+    grad: Tensor,
+    gate: Tensor,
+    x: Tensor | None,
+    statistics: Statistics,
+    weight: Tensor | None,
+    eps: float,
+    training: bool,
+    pool: PoolGeometry | None,
+    with_input: bool,
+    with_residual: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if pool is None:
+        closed, _ = relu_backward(grad, gate, with_bias=False)
+    else:
+        closed, _ = max_pool2d_backward(grad, gate, pool, with_bias=False)
+    mean, var = (t.to(statistics_dtype(grad)) for t in statistics)
+    weight = torch.ones_like(var) if weight is None else weight.to(var.dtype)
+    inverse = (var + eps).rsqrt()
+    grad_x = sums = None
+    if closed.numel() == 0:
+        grad_x, sums = closed, torch.zeros((2, len(mean)), dtype=mean.dtype, device=mean.device)
+    elif x is not None:
+        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+            closed, x, weight, mean, var, mean, inverse, training, eps, [with_input, True, True]
+        )
+        sums = torch.stack((grad_bias, grad_weight))
+    elif with_input:
+        grad_x = (closed * (weight * inverse).view(-1, 1, 1)).to(grad.dtype)
+    return grad_x if with_input else None, None if x is None else sums, closed if with_residual else None
+
+
+def batch_norm_update(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+        running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)

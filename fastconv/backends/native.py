@@ -26,6 +26,8 @@ _INSTALL = "install torch and a C++ compiler, then run `pip install --no-build-i
 
 
 def supports(op: str, direction: str, geometry: ConvGeometry | PoolGeometry, policy: Policy, device_type: str) -> str | None:
+    if op.startswith("batch_norm"):
+        return "it has no kernels for batch normalisation"
     if device_type != "cpu":
         return f"it runs on CPU tensors, got one on {device_type}"
     if policy.dtype not in _DTYPES:

@@ -19,6 +19,12 @@ from fastconv.backends.triton_conv import (
     conv2d_weight_grad,
 )
 from fastconv.backends.triton_launch import is_recording, kernels
+from fastconv.backends.triton_norm import (
+    batch_norm_relu,
+    batch_norm_relu_backward,
+    batch_norm_relu_max_pool2d,
+    batch_norm_update,
+)
 from fastconv.backends.triton_pool import (
     avg_pool2d,
     avg_pool2d_backward,
@@ -36,6 +42,10 @@ __all__ = [
     "NAME",
     "avg_pool2d",
     "avg_pool2d_backward",
+    "batch_norm_relu",
+    "batch_norm_relu_backward",
+    "batch_norm_relu_max_pool2d",
+    "batch_norm_update",
     "bias_grad",
     "conv2d",
     "conv2d_backward",

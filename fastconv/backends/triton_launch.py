@@ -89,11 +89,23 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
 
 @cache
 def kernels() -> SimpleNamespace:
-    from fastconv.kernels import avg_pool, conv_dgrad, conv_fprop, conv_tma, conv_wgrad, coords, global_pool, max_pool, prep
+    from fastconv.kernels import (
+        avg_pool,
+        batch_norm,
+        conv_dgrad,
+        conv_fprop,
+        conv_tma,
+        conv_wgrad,
+        coords,
+        global_pool,
+        max_pool,
+        prep,
+    )
 
     return SimpleNamespace(
         interpreted=bool(coords.INTERPRET),
         avg_pool=avg_pool,
+        batch_norm=batch_norm,
         conv_dgrad=conv_dgrad,
         conv_fprop=conv_fprop,
         conv_tma=conv_tma,

@@ -10,11 +10,14 @@ that is not served, and where the backend named by `fastconv.use_backend` cannot
 """
 
 from fastconv.functional.conv import ConvLayer, conv2d, conv2d_relu, conv2d_relu_max_pool2d, conv_chain
+from fastconv.functional.norm import batch_norm_relu, batch_norm_relu_max_pool2d
 from fastconv.functional.pool import avg_pool2d, global_avg_pool2d, max_pool2d, relu_max_pool2d
 
 __all__ = [
     "ConvLayer",
     "avg_pool2d",
+    "batch_norm_relu",
+    "batch_norm_relu_max_pool2d",
     "conv2d",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",

@@ -16,15 +16,18 @@ from fastconv.geometry.arguments import (
     check_tensor,
     integer,
     memory_format,
+    number,
     pair,
 )
 from fastconv.geometry.conv import ConvGeometry, conv_output_shape, conv_padding
-from fastconv.geometry.pool import PoolGeometry, global_pool
+from fastconv.geometry.norm import check_batch_norm, statistics_dtype
+from fastconv.geometry.pool import PoolGeometry, global_pool, single_elements
 
 __all__ = [
     "DTYPES",
     "ConvGeometry",
     "PoolGeometry",
+    "check_batch_norm",
     "check_bool",
     "check_divisor",
     "check_floating",
@@ -37,5 +40,8 @@ __all__ = [
     "global_pool",
     "integer",
     "memory_format",
+    "number",
     "pair",
+    "single_elements",
+    "statistics_dtype",
 ]

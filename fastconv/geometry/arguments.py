@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +37,18 @@ def integer(op: str, name: str, value: Any) -> int:
         return _index(value)
     except TypeError:
         raise TypeError(f"{op}: {name} must be int, got {name}={value!r} of type {type(value).__name__}") from None
+
+
+def number(op: str, name: str, value: Any) -> float:
+    """A real number of any kind (numpy's, a 0-d tensor, a symbolic one) but bool."""
+    if isinstance(value, (float, torch.SymFloat)):
+        return cast(float, value)
+    if isinstance(value, (bool, str)):
+        raise TypeError(f"{op}: {name} must be float, got {name}={value!r} of type {type(value).__name__}")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{op}: {name} must be float, got {name}={value!r} of type {type(value).__name__}") from None
 
 
 def _index(value: Any) -> Any:

@@ -115,6 +115,12 @@ class PoolGeometry:
         return itemsize * (math.prod(self.input_shape) + outputs) + self.code_dtype.itemsize * outputs
 
 
+def single_elements(op: str, shape: Sequence[int]) -> PoolGeometry:
+    """The geometry of an element-wise pass: a window of one element."""
+    one, zero = (1, 1), (0, 0)
+    return PoolGeometry.of(op, shape, one, one, zero, one, False)
+
+
 def global_pool(op: str, input_shape: Sequence[int]) -> PoolGeometry:
     """The geometry of a pooling whose one window is the whole map."""
     whole = tuple(input_shape[2:])

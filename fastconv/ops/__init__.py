@@ -4,6 +4,6 @@ Operators carry plain integers and a backend request; `ConvGeometry.of` and `Poo
 geometry from them in the implementation and in the fake alike. Nothing here is differentiable: see fastconv.autograd.
 """
 
-from fastconv.ops import conv, flops, pool
+from fastconv.ops import conv, flops, norm, pool
 
-__all__ = ["conv", "flops", "pool"]
+__all__ = ["conv", "flops", "norm", "pool"]

@@ -213,17 +213,11 @@ def conv2d_backward_relu(
     return dense(masked, layout), grad_weight, absent(grad) if bias is None else bias
 
 
-def _map_geometry(op: str, tensor: Tensor) -> PoolGeometry:
-    """The geometry of an element-wise pass: a window of one element."""
-    one, zero = (1, 1), (0, 0)
-    return PoolGeometry.of(op, tensor.shape, one, one, zero, one, False)
-
-
 @operator("bias_grad(Tensor grad, str backend) -> Tensor")
 def bias_grad(grad: Tensor, backend: str, *, fake: bool) -> Tensor:
     if fake:
         return optional_bias(grad, grad.shape[1], True)
-    g = _map_geometry("bias_grad", grad)
+    g = geometry.single_elements("bias_grad", grad.shape)
     return launchers_for(backend, "conv2d", "bias_grad", g, grad, geometry.memory_format(grad)).bias_grad(grad)
 
 
@@ -232,6 +226,6 @@ def relu_backward(grad: Tensor, output: Tensor, with_bias: bool, backend: str, *
     layout = geometry.memory_format(grad, output)
     if fake:
         return grad.new_empty(grad.shape).to(memory_format=layout), optional_bias(grad, grad.shape[1], with_bias)
-    g = _map_geometry("relu_backward", grad)
+    g = geometry.single_elements("relu_backward", grad.shape)
     masked, bias = launchers_for(backend, "relu", "backward", g, grad, layout).relu_backward(grad, output, with_bias)
     return dense(masked, layout), absent(grad) if bias is None else bias
