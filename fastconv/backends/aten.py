@@ -252,7 +252,7 @@ def batch_norm_relu_backward(
     inverse = (var + eps).rsqrt()
     grad_x = sums = None
     if closed.numel() == 0:
-        grad_x, sums = closed, torch.zeros((2, len(mean)), dtype=mean.dtype, device=mean.device)
+        grad_x, sums = torch.empty_like(closed), torch.zeros((2, len(mean)), dtype=mean.dtype, device=mean.device)
     elif x is not None:
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             closed, x, weight, mean, var, mean, inverse, training, eps, [with_input, True, True]

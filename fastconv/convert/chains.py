@@ -23,11 +23,12 @@ _M = TypeVar("_M", bound=nn.Module)
 def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     """The same model on fastconv's layers: same outputs, names and Parameters.
 
-    Inside a torch.nn.Sequential, Conv2d → ReLU (→ MaxPool2d) becomes one fused module, and where two of these follow
-    each other the Sequential becomes a fastconv.nn.ConvChain; elsewhere a single Conv2d, MaxPool2d, AvgPool2d or
-    AdaptiveAvgPool2d(1) becomes fastconv.nn's. Left as they are: subclasses of these (their forward is not known),
-    modules with hooks, parametrizations or attributes of their own, one module used in several places, and weights of a
-    dtype that fastconv does not serve. Converting twice changes nothing more.
+    Inside a torch.nn.Sequential, Conv2d → ReLU (→ MaxPool2d) and BatchNorm2d → ReLU (→ MaxPool2d) become one fused
+    module each, and where two convolutions of these follow each other the Sequential becomes a fastconv.nn.ConvChain;
+    elsewhere a single Conv2d, MaxPool2d, AvgPool2d or AdaptiveAvgPool2d(1) becomes fastconv.nn's. Left as they are:
+    subclasses of these (their forward is not known), modules with hooks, parametrizations or attributes of their own,
+    one module used in several places, and weights of a dtype that fastconv does not serve. Converting twice changes
+    nothing more.
 
     Code that runs the members of a Sequential one by one, to take features between a convolution and its ReLU, sees
     the fused result there.
@@ -67,29 +68,37 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
 
 
 def _fuse_chains(sequence: nn.Sequential, shared: Collection[int]) -> None:
-    """Replace Conv2d → ReLU (→ MaxPool2d) by the fused module followed by Identity, in `sequence` itself."""
+    """Replace Conv2d or BatchNorm2d → ReLU (→ MaxPool2d) by a fused module followed by Identity, in `sequence` itself."""
     # Not named_children: it names a module that is used twice once, and others would seem to be neighbours.
     layers = [(name, layer) for name, layer in sequence._modules.items() if layer is not None]
     following = [*layers[2:], ("", nn.Identity())]
-    for (conv_at, first), (relu_at, second), (pool_at, third) in zip(layers, layers[1:], following, strict=False):
-        conv, relu = _plain(first, nn.Conv2d, shared), _plain(second, nn.ReLU, shared)
-        if conv is None or relu is None:
+    for (first_at, first), (relu_at, second), (pool_at, third) in zip(layers, layers[1:], following, strict=False):
+        fusable = _plain(first, nn.Conv2d, shared) or _plain(first, nn.BatchNorm2d, shared)
+        relu = _plain(second, nn.ReLU, shared)
+        if fusable is None or relu is None:
             continue
         pool = _plain(third, nn.MaxPool2d, shared)
-        if pool is None or pool.return_indices:
-            sequence.add_module(conv_at, fast.ConvReLU2d.from_torch(conv))
-        else:
-            fused = fast.ConvReLUMaxPool2d.from_torch(
-                conv,
-                pool_kernel_size=pool.kernel_size,
-                pool_stride=pool.stride,
-                pool_padding=pool.padding,
-                pool_dilation=pool.dilation,
-                pool_ceil_mode=pool.ceil_mode,
-            )
-            sequence.add_module(conv_at, fused)
-            sequence.add_module(pool_at, nn.Identity().train(pool.training))
+        if pool is not None and pool.return_indices:
+            pool = None
+        sequence.add_module(first_at, _fused(fusable, pool))
         sequence.add_module(relu_at, nn.Identity().train(relu.training))
+        if pool is not None:
+            sequence.add_module(pool_at, nn.Identity().train(pool.training))
+
+
+def _fused(first: nn.Conv2d | nn.BatchNorm2d, pool: nn.MaxPool2d | None) -> nn.Module:
+    if pool is None:
+        plain = fast.ConvReLU2d if isinstance(first, nn.Conv2d) else fast.BatchNormReLU2d
+        return plain.from_torch(first)  # type: ignore[arg-type]
+    pooling = fast.ConvReLUMaxPool2d if isinstance(first, nn.Conv2d) else fast.BatchNormReLUMaxPool2d
+    return pooling.from_torch(
+        first,  # type: ignore[arg-type]
+        pool_kernel_size=pool.kernel_size,
+        pool_stride=pool.stride,
+        pool_padding=pool.padding,
+        pool_dilation=pool.dilation,
+        pool_ceil_mode=pool.ceil_mode,
+    )
 
 
 def _make_chain(module: nn.Module) -> None:
@@ -121,7 +130,9 @@ def _plain(module: nn.Module, kind: type[_M], shared: Collection[int]) -> _M | N
     state = vars(module)
     if any(hooks for name, hooks in state.items() if name.endswith("_hooks")):
         return None
-    if set(state) - _ATTRIBUTES[type(module)] or module._buffers or module._modules:
+    if set(state) - _ATTRIBUTES[type(module)] or module._modules:
+        return None
+    if set(module._buffers) - _BUFFERS.get(type(module), frozenset()):
         return None
     if set(module._parameters) - {"weight", "bias"}:
         return None
@@ -148,6 +159,7 @@ _ATTRIBUTES: dict[type[nn.Module], frozenset[str]] = {
     for module in (
         nn.Conv2d(1, 1, 1, device="meta"),
         fast.Conv2d(1, 1, 1, device="meta"),
+        nn.BatchNorm2d(1, device="meta"),
         nn.ReLU(),
         nn.MaxPool2d(1),
         fast.MaxPool2d(1),
@@ -157,6 +169,7 @@ _ATTRIBUTES: dict[type[nn.Module], frozenset[str]] = {
 }
 # Forwards that run the members one behind the other.
 _IN_ORDER = (nn.Sequential.forward, fast.ConvChain.forward)
+_BUFFERS: dict[type[nn.Module], frozenset[str]] = {nn.BatchNorm2d: frozenset(nn.BatchNorm2d(1, device="meta")._buffers)}
 _SWAPS: dict[type[nn.Module], Callable[..., nn.Module]] = {
     nn.Conv2d: fast.Conv2d.from_torch,
     nn.MaxPool2d: fast.MaxPool2d.from_torch,

@@ -1,17 +1,12 @@
-"""Modules: torch.nn's own, with fastconv's kernels behind `forward`.
-
-Every class here subclasses the torch.nn module that it stands for: same constructor, same `state_dict`, so checkpoints
-move freely in both directions. `from_torch` makes one from an existing torch.nn module and shares its Parameters.
-"""
+"""Convolutions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
 from fastconv import functional
 
@@ -78,7 +73,7 @@ class ConvReLU2d(Conv2d):
         relu(conv2d(input, weight, bias, stride, padding, dilation, groups) + residual)
     """
 
-    def _layer(self) -> functional.ConvLayer:
+    def layer(self) -> functional.ConvLayer:
         """This layer for functional.conv_chain, zero padding assumed."""
         return functional.ConvLayer(self.weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
 
@@ -142,7 +137,7 @@ class ConvReLUMaxPool2d(Conv2d):
         self.pool_dilation = pool_dilation
         self.pool_ceil_mode = pool_ceil_mode
 
-    def _layer(self) -> functional.ConvLayer:
+    def layer(self) -> functional.ConvLayer:
         """This layer for functional.conv_chain, zero padding assumed."""
         return functional.ConvLayer(
             self.weight,
@@ -180,149 +175,3 @@ class ConvReLUMaxPool2d(Conv2d):
             f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, pool_stride={self.pool_stride}, "
             f"pool_padding={self.pool_padding}, pool_dilation={self.pool_dilation}, pool_ceil_mode={self.pool_ceil_mode}"
         )
-
-
-class ConvChain(torch.nn.Sequential):
-    """`torch.nn.Sequential` whose neighbouring ConvReLU2d and ConvReLUMaxPool2d run as one `functional.conv_chain`.
-
-    Same constructor, keys, slices and results. Identities between two layers do not part them. A member is run by itself,
-    with everything that its call implies, where it is of another class (a subclass or parametrized layer included), has
-    hooks, a patched forward or a padding_mode other than 'zeros'; and all members are while global hooks are registered
-    and while torch.compile traces.
-
-    Backward is one node of the graph: the gradients of all layers of a run arrive together.
-
-    Equal to:
-        for module in self:
-            input = module(input)
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if torch.compiler.is_compiling() or _has_any_global_hook():
-            return cast(Tensor, super().forward(input))
-        for part in self.parts(self):
-            if len(part) == 1:
-                input = part[0](input)
-            else:
-                input = functional.conv_chain(input, [cast(_Chainable, layer)._layer() for layer in part])
-        return input
-
-    @staticmethod
-    def parts(modules: Iterable[torch.nn.Module]) -> Iterator[list[torch.nn.Module]]:
-        """`modules` as a ConvChain runs them: lists of the layers of a chain, and of one module that runs by itself."""
-        layers: list[torch.nn.Module] = []
-        for module in modules:
-            if isinstance(module, torch.nn.Identity) and _is_nothing_but(module, torch.nn.Identity):
-                continue
-            if _is_chainable(module):
-                layers.append(module)
-                continue
-            if layers:
-                yield layers
-            yield [module]
-            layers = []
-        if layers:
-            yield layers
-
-
-_Chainable = ConvReLU2d | ConvReLUMaxPool2d
-
-
-def _is_chainable(module: torch.nn.Module) -> bool:
-    return _is_nothing_but(module, ConvReLU2d, ConvReLUMaxPool2d) and module.padding_mode == "zeros"
-
-
-def _is_nothing_but(module: torch.nn.Module, *kinds: type[torch.nn.Module]) -> bool:
-    """Whether calling `module`, of exactly one of `kinds`, runs the forward of its class and nothing else."""
-    return type(module) in kinds and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
-    )
-
-
-class MaxPool2d(torch.nn.MaxPool2d):
-    """Max-pool: `torch.nn.MaxPool2d` with the same arguments; int64 indices are made only for return_indices=True.
-
-    Equal to:
-        torch.nn.functional.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
-    """
-
-    @classmethod
-    def from_torch(cls, module: torch.nn.MaxPool2d) -> MaxPool2d:
-        """A module of this class with `module`'s settings."""
-        made = cls(
-            module.kernel_size, module.stride, module.padding, module.dilation, module.return_indices, module.ceil_mode
-        )
-        return made.train(module.training)
-
-    def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        return functional.max_pool2d(
-            input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
-        )
-
-
-class AvgPool2d(torch.nn.AvgPool2d):
-    """Average pool: `torch.nn.AvgPool2d` with the same arguments.
-
-    Equal to:
-        torch.nn.functional.avg_pool2d(
-            input, kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
-    """
-
-    @classmethod
-    def from_torch(cls, module: torch.nn.AvgPool2d) -> AvgPool2d:
-        """A module of this class with `module`'s settings."""
-        made = cls(
-            module.kernel_size,
-            module.stride,
-            module.padding,
-            module.ceil_mode,
-            module.count_include_pad,
-            module.divisor_override,
-        )
-        return made.train(module.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.avg_pool2d(
-            input,
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.ceil_mode,
-            self.count_include_pad,
-            self.divisor_override,
-        )
-
-
-class GlobalAvgPool2d(torch.nn.AdaptiveAvgPool2d):
-    """The mean of each map: `torch.nn.AdaptiveAvgPool2d(1)`.
-
-    Shapes:
-        input [N, C, H, W] or [C, H, W]; output [N, C, 1, 1] or [C, 1, 1].
-
-    Raises:
-        ValueError: an output size other than 1.
-
-    Equal to:
-        torch.nn.functional.adaptive_avg_pool2d(input, 1)
-    """
-
-    def __init__(self, output_size: int | tuple[int, int] = 1) -> None:
-        if output_size not in (1, (1, 1)):
-            raise ValueError(
-                f"GlobalAvgPool2d: output_size must be 1, got output_size={output_size!r}; "
-                f"use torch.nn.AdaptiveAvgPool2d for other sizes"
-            )
-        super().__init__(output_size)
-
-    @classmethod
-    def from_torch(cls, module: torch.nn.AdaptiveAvgPool2d) -> GlobalAvgPool2d:
-        """A module of this class with `module`'s output size, which must be 1."""
-        return cls(cast(int, module.output_size)).train(module.training)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return functional.global_avg_pool2d(input)

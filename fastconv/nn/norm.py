@@ -1,0 +1,109 @@
+"""Batch normalisation."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fastconv import functional
+from fastconv.nn.conv import IntPair
+
+_B = TypeVar("_B", bound="BatchNormReLU2d")
+
+
+class BatchNormReLU2d(torch.nn.BatchNorm2d):
+    """Batch normalisation, optional residual and ReLU in one pass; constructor and keys of `torch.nn.BatchNorm2d`.
+
+    Shapes:
+        input [N, C, H, W]; residual, where given, and output exactly the same.
+
+    Equal to:
+        relu(batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps) + residual)
+    """
+
+    @classmethod
+    def from_torch(cls: type[_B], module: torch.nn.BatchNorm2d, **pool: Any) -> _B:
+        """A module of this class with `module`'s settings and its Parameters and buffers themselves (shared, not copied).
+
+        Args:
+            module: any batch normalisation with torch.nn.BatchNorm2d's settings.
+            pool: the pooling's arguments, for BatchNormReLUMaxPool2d.
+        """
+        settings = (module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
+        made = cls(*settings, device="meta", **pool)
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked"):
+            setattr(made, name, getattr(module, name))
+        return made.train(module.training)
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return functional.batch_norm_relu(*self._arguments(input), residual=residual)
+
+    def _arguments(self, input: Tensor) -> tuple[Any, ...]:
+        """What torch.nn.BatchNorm2d hands to batch_norm; counts the batch."""
+        self._check_input_dim(input)
+        momentum = 0.0 if self.momentum is None else self.momentum
+        tracking = self.training and self.track_running_stats
+        if tracking and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # the cumulative average
+                momentum = 1.0 / float(self.num_batches_tracked)
+        training = self.training or (self.running_mean is None and self.running_var is None)
+        statistics = (self.running_mean, self.running_var) if tracking or not self.training else (None, None)
+        return input, *statistics, self.weight, self.bias, training, momentum, self.eps
+
+
+class BatchNormReLUMaxPool2d(BatchNormReLU2d):
+    """Batch normalisation, optional residual, ReLU and max-pool in one pass; keys of `torch.nn.BatchNorm2d`.
+
+    Args:
+        pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode: as `torch.nn.MaxPool2d`'s arguments
+            of the same names without `pool_`. All others: as `torch.nn.BatchNorm2d`'s.
+
+    Shapes:
+        input [N, C, H, W]; residual, where given, exactly the same; output [N, C, PH, PW], the pooled map.
+
+    Equal to:
+        max_pool2d(relu(batch_norm(input, running_mean, ...) + residual), pool_kernel_size, ...)
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        pool_kernel_size: IntPair = 2,
+        pool_stride: IntPair | None = None,
+        pool_padding: IntPair = 0,
+        pool_dilation: IntPair = 1,
+        pool_ceil_mode: bool = False,
+    ) -> None:
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        self.pool_kernel_size = pool_kernel_size
+        self.pool_stride = pool_kernel_size if pool_stride is None else pool_stride
+        self.pool_padding = pool_padding
+        self.pool_dilation = pool_dilation
+        self.pool_ceil_mode = pool_ceil_mode
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return functional.batch_norm_relu_max_pool2d(
+            *self._arguments(input),
+            residual=residual,
+            pool_kernel_size=self.pool_kernel_size,
+            pool_stride=self.pool_stride,
+            pool_padding=self.pool_padding,
+            pool_dilation=self.pool_dilation,
+            pool_ceil_mode=self.pool_ceil_mode,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, pool_kernel_size={self.pool_kernel_size}, pool_stride={self.pool_stride}, "
+            f"pool_padding={self.pool_padding}, pool_dilation={self.pool_dilation}, pool_ceil_mode={self.pool_ceil_mode}"
+        )
