@@ -68,7 +68,7 @@ def test_pick_orders_backends() -> None:
     assert names(G, "cpu", False) == ["aten"]
     assert names(G, "NVIDIA H100 sm_90", False)[0] == "aten"
     grouped = ConvGeometry.of("conv2d", (1, 4, 8, 8), (4, 1, 3, 3), None, (1, 1), (1, 1), (1, 1), 4)
-    assert names(grouped, "NVIDIA H100 sm_90", True)[0] == "aten"
+    assert names(grouped, "NVIDIA H100 sm_90", True)[0] == "triton"
 
 
 def test_auto_runs_the_native_kernels_on_channels_last() -> None:

@@ -11,7 +11,7 @@ from types import ModuleType
 from torch import Tensor
 
 from fastconv import tuning
-from fastconv.backends import triton_pointer, triton_tma
+from fastconv.backends import triton_depthwise, triton_first, triton_pointer, triton_tma
 from fastconv.backends.triton_launch import chip, nhwc
 from fastconv.backends.triton_pool import max_pool2d, relu_backward
 from fastconv.geometry import ConvGeometry, PoolGeometry
@@ -19,7 +19,12 @@ from fastconv.precision import Policy
 from fastconv.tuning import Candidate
 
 # Every family offers some of the launchers below, with a plan as the last argument.
-_FAMILIES: dict[str, ModuleType] = {"tma": triton_tma, "pointer": triton_pointer}
+_FAMILIES: dict[str, ModuleType] = {
+    "first": triton_first,
+    "depthwise": triton_depthwise,
+    "tma": triton_tma,
+    "pointer": triton_pointer,
+}
 
 
 def conv2d(

@@ -19,6 +19,7 @@ from fastconv import backends
 from fastconv.backends import triton_tiles as tiles
 from fastconv.backends.triton_tiles import cdiv
 from fastconv.geometry import ConvGeometry, PoolGeometry
+from fastconv.precision import Policy
 
 
 class Launch(NamedTuple):
@@ -93,10 +94,12 @@ def kernels() -> SimpleNamespace:
         avg_pool,
         batch_norm,
         conv_dgrad,
+        conv_first,
         conv_fprop,
         conv_tma,
         conv_wgrad,
         coords,
+        depthwise,
         global_pool,
         max_pool,
         prep,
@@ -107,9 +110,11 @@ def kernels() -> SimpleNamespace:
         avg_pool=avg_pool,
         batch_norm=batch_norm,
         conv_dgrad=conv_dgrad,
+        conv_first=conv_first,
         conv_fprop=conv_fprop,
         conv_tma=conv_tma,
         conv_wgrad=conv_wgrad,
+        depthwise=depthwise,
         global_pool=global_pool,
         max_pool=max_pool,
         prep=prep,
@@ -136,6 +141,11 @@ def empty(shape: tuple[int, ...], like: Tensor, dtype: torch.dtype | None = None
 
 def float32(shape: tuple[int, ...], like: Tensor) -> Tensor:
     return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def precision(policy: Policy) -> str:
+    """tl.dot's input_precision."""
+    return "tf32" if policy.tf32 or policy.dtype != torch.float32 else "ieee"
 
 
 def map_sizes(g: ConvGeometry | PoolGeometry) -> dict[str, int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastconv.backends import triton_tiles as tiles
@@ -16,6 +15,7 @@ from fastconv.backends.triton_launch import (
     launch,
     map_sizes,
     nhwc,
+    precision,
     processors,
     residues,
     sum_rows,
@@ -41,14 +41,14 @@ def conv2d(
     blocks = _blocks(plan, policy)
     launch(
         kernels().conv_fprop.conv_fprop_kernel,
-        (cdiv(g.out_pixels, blocks["BLOCK_M"]) * g.groups * cdiv(g.group_out_channels, blocks["BLOCK_N"]),),
+        (cdiv(g.out_pixels, blocks["BLOCK_M"]) * _tiles(g, g.group_out_channels, blocks),),
         x_ptr=nhwc(x),
         weight_ptr=nhwc(weight),
         bias_ptr=None if bias is None else bias.contiguous(),
         residual_ptr=None if residual is None else nhwc(residual),
         y_ptr=y,
         pixels=g.out_pixels,
-        steps=g.taps * cdiv(g.group_in_channels, blocks["BLOCK_K"]),
+        steps=g.taps * cdiv(blocks["PACK"] * g.group_in_channels, blocks["BLOCK_K"]),
         RELU=relu,
         **_conv_arguments(g),
         **blocks,
@@ -70,14 +70,14 @@ def conv2d_relu_max_pool2d(
     blocks = _blocks(plan, policy)
     launch(
         kernels().conv_fprop.conv_fprop_pool_kernel,
-        (cdiv(4 * pooled_pixels, blocks["BLOCK_M"]) * g.groups * cdiv(g.group_out_channels, blocks["BLOCK_N"]),),
+        (cdiv(4 * pooled_pixels, blocks["BLOCK_M"]) * _tiles(g, g.group_out_channels, blocks),),
         x_ptr=nhwc(x),
         weight_ptr=nhwc(weight),
         bias_ptr=None if bias is None else bias.contiguous(),
         y_ptr=y,
         code_ptr=code,
         pooled_pixels=pooled_pixels,
-        steps=g.taps * cdiv(g.group_in_channels, blocks["BLOCK_K"]),
+        steps=g.taps * cdiv(blocks["PACK"] * g.group_in_channels, blocks["BLOCK_K"]),
         **_conv_arguments(g),
         **blocks,
     )
@@ -90,7 +90,7 @@ def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Pol
     phase_pixels = g.batch * phase_height * phase_width
     blocks = _blocks(plan, policy)
     phase_tiles = cdiv(phase_pixels, blocks["BLOCK_M"])
-    others = g.stride_h * g.stride_w * g.groups * cdiv(g.group_in_channels, blocks["BLOCK_N"])
+    others = g.stride_h * g.stride_w * _tiles(g, g.group_in_channels, blocks)
     launch(
         kernels().conv_dgrad.conv_dgrad_kernel,
         (phase_tiles * others,),
@@ -101,7 +101,7 @@ def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Pol
         phase_width=phase_width,
         phase_pixels=phase_pixels,
         phase_tiles=phase_tiles,
-        blocks_k=cdiv(g.group_out_channels, blocks["BLOCK_K"]),
+        blocks_k=cdiv(blocks["PACK"] * g.group_out_channels, blocks["BLOCK_K"]),
         **_conv_arguments(g),
         **residues(g),
         **blocks,
@@ -111,9 +111,9 @@ def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Pol
 
 def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy, plan: Candidate) -> Tensor:
     grad_weight = empty(g.weight_shape, grad)
-    columns = g.taps * g.group_in_channels
     blocks = _blocks(plan, policy)
-    others = g.groups * cdiv(g.group_out_channels, blocks["BLOCK_N"]) * cdiv(columns, blocks["BLOCK_C"])
+    columns = g.taps * g.group_in_channels
+    others = _tiles(g, g.group_out_channels, blocks) * cdiv(blocks["PACK"] * columns, blocks["BLOCK_C"])
     splits, split_pixels = tiles.split(g.out_pixels, blocks["BLOCK_P"], others, processors(grad.device))
     slabs = grad_weight if splits == 1 else float32((splits, g.out_channels * columns), grad)
     launch(
@@ -130,9 +130,14 @@ def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy,
     return grad_weight if splits == 1 else sum_rows(slabs, grad_weight)
 
 
+def _tiles(g: ConvGeometry, group_channels: int, blocks: dict[str, Any]) -> int:
+    """Tiles of BLOCK_N channels: each within a pack of groups."""
+    return cdiv(g.groups, blocks["PACK"]) * cdiv(blocks["PACK"] * group_channels, blocks["BLOCK_N"])
+
+
 def _blocks(plan: Candidate, policy: Policy) -> dict[str, Any]:
-    precision = "tf32" if policy.tf32 or policy.dtype != torch.float32 else "ieee"
-    return {**dict(plan.config), "PRECISION": precision}
+    """A plan's tile, with groups one by one and output channels as the product's rows where it says nothing else."""
+    return {"PACK": 1, "SWAP": 1, **dict(plan.config), "PRECISION": precision(policy)}
 
 
 def _conv_arguments(g: ConvGeometry) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fastconv.tuning.candidates import cdiv, power_of_two, side
+from fastconv.tuning.sides import cdiv, power_of_two, side
 
 _PROGRAMS_PER_PROCESSOR = 4
 _INTERPRETED_PROGRAMS = 2
@@ -29,6 +29,11 @@ def normalised(channels: int, pixels: int, dtype: torch.dtype, interpreted: bool
     """As `elementwise`, with 16 values for each thread: it reads its channels' parameters for each tile anew."""
     blocks = elementwise(channels, pixels, dtype, interpreted)
     return blocks if interpreted else {**blocks, "BLOCK_M": blocks["BLOCK_M"] * dtype.itemsize}
+
+
+def padded_pixels(channels: int, interpreted: bool) -> int:
+    """Pixels to a program that copies into `channels`, a power of two."""
+    return (16384 if interpreted else 2048) // channels
 
 
 def rows(interpreted: bool) -> dict[str, int]:

@@ -30,16 +30,13 @@ def pick(
         channels_last: whether the operands lie as the kernels want them.
 
     A heuristic, not yet a table: fused kernels read and write NHWC, so that an NCHW call pays one more pass over its
-    input and one over its output, as much as fusing bias, ReLU or pool saves; such calls stay with torch's own, and so do
-    grouped convolutions on a GPU, for which the Triton kernels are not yet made.
+    input and one over its output, as much as fusing bias, ReLU or pool saves; such calls stay with torch's own.
     """
     if chip == "cpu":
         return (_NATIVE, _ATEN) if channels_last else (_ATEN,)
     ours: tuple[Candidate, ...] = (_TRITON,)
-    grouped = False
     if isinstance(geometry, ConvGeometry) and direction in ("forward", "input_grad", "weight_grad"):
         ours = triton_candidates(op, direction, geometry, policy, chip)
-        grouped = geometry.groups > 1
-    if not channels_last or (grouped and chip != "interpreter"):
+    if not channels_last:
         return (_ATEN, *ours)
     return (*ours, _NATIVE, _ATEN)

@@ -9,7 +9,8 @@ import torch
 
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
-from fastconv.tuning import tma
+from fastconv.tuning import depthwise, first, grouped, tma
+from fastconv.tuning.sides import cdiv, divisor_side, side
 
 _INTERPRETED_PROGRAMS = 2
 _MANY_PIXELS = 4096
@@ -37,8 +38,11 @@ def capability(chip: str) -> int | None:
 
 def triton_candidates(op: str, direction: str, g: ConvGeometry, policy: Policy, chip: str) -> tuple[Candidate, ...]:
     """The Triton kernels for a convolution in one direction, the likely best first."""
-    by_descriptors = tma.candidates(op, direction, g, policy, capability(chip))
-    return (*(_candidate(tma.FAMILY, config) for config in by_descriptors), *_pointer(direction, g, policy, chip))
+    arch = capability(chip)
+    special = ((f.FAMILY, c) for f in (first, depthwise, grouped) for c in f.candidates(direction, g, policy, arch))
+    by_descriptors = ((tma.FAMILY, config) for config in tma.candidates(op, direction, g, policy, arch))
+    rest = _pointer(direction, g, policy, chip)
+    return (*(_candidate(family, config) for family, config in (*special, *by_descriptors)), *rest)
 
 
 def _pointer(direction: str, g: ConvGeometry, policy: Policy, chip: str) -> tuple[Candidate, ...]:
@@ -88,26 +92,6 @@ def _weight_grad(g: ConvGeometry, policy: Policy, interpreted: bool) -> dict[str
     block_c = block_c or side(columns, 64)
     sides = {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_P": 128 // policy.dtype.itemsize}
     return {**sides, "NUM_STAGES": 3, "num_warps": warps}
-
-
-def cdiv(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
-
-
-def power_of_two(size: int) -> int:
-    """The least power of two that is not below `size`."""
-    return 1 << (size - 1).bit_length()
-
-
-def side(size: int, largest: int) -> int:
-    """A tile's side for `size`: tl.dot takes powers of two from 16 on."""
-    return min(max(power_of_two(size), 16), largest)
-
-
-def divisor_side(size: int, largest: int) -> int | None:
-    """The largest side that divides `size`, which makes masks unnecessary; None where that would be a narrow tile."""
-    largest_divisor = min(size & -size, largest)
-    return largest_divisor if largest_divisor >= 32 else None
 
 
 def _warps(elements: int) -> int:
