@@ -47,7 +47,9 @@ class Layer(NamedTuple):
         k, s, d = ((side, side) for side in (self.kernel, self.stride, self.dilation))
         p = (self.kernel // 2 * self.dilation,) * 2
         x = (_BATCH, self.in_channels, self.size, self.size)
-        return ConvGeometry.of("inspect", x, (self.out_channels, self.in_channels // self.groups, *k), None, s, p, d, self.groups)
+        return ConvGeometry.of(
+            "inspect", x, (self.out_channels, self.in_channels // self.groups, *k), None, s, p, d, self.groups
+        )
 
 
 RECIPE_32 = (

@@ -27,7 +27,7 @@ def conv2d(
     plan: Candidate,
 ) -> Tensor:
     y = empty(g.output_shape, x)
-    blocks = {**dict(plan.config), "PRECISION": precision(policy)}
+    blocks: dict[str, Any] = {**dict(plan.config), "PRECISION": precision(policy)}
     launch(
         kernels().conv_first.conv_first_kernel,
         (cdiv(g.out_pixels, blocks["BLOCK_M"]) * cdiv(g.out_channels, blocks["BLOCK_N"]),),
@@ -53,7 +53,7 @@ def conv2d_relu_max_pool2d(
 ) -> tuple[Tensor, Tensor]:
     y, code = empty(pool.output_shape, x), empty(pool.output_shape, x, pool.code_dtype)
     pooled_pixels = pool.batch * pool.out_height * pool.out_width
-    blocks = {**dict(plan.config), "PRECISION": precision(policy)}
+    blocks: dict[str, Any] = {**dict(plan.config), "PRECISION": precision(policy)}
     launch(
         kernels().conv_first.conv_first_pool_kernel,
         (cdiv(4 * pooled_pixels, blocks["BLOCK_M"]) * cdiv(g.out_channels, blocks["BLOCK_N"]),),

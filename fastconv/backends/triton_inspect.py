@@ -194,7 +194,9 @@ def compile_job(job: Job, folder: Path) -> dict[str, Any]:
     try:
         result = compile_for(source, target=GPUTarget("cuda", job.capability, 32), options=job.options)
     except Exception as error:
-        raise RuntimeError(f"{kernel.__name__} {job.config} for {call.name} does not compile on sm_{job.capability}") from error
+        raise RuntimeError(
+            f"{kernel.__name__} {job.config} for {call.name} does not compile on sm_{job.capability}"
+        ) from error
     found = {
         "kernel": kernel.__name__,
         "config": job.config,
