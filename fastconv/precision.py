@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Policy:
+class Policy(NamedTuple):
     """What a kernel reads and how it may multiply. Accumulation is always in float32 (float64 for float64).
 
     Attributes:

@@ -12,7 +12,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from functools import cache, lru_cache
+import platform
+import re
+from functools import cache
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, cast
 
@@ -34,6 +37,7 @@ _log = logging.getLogger("fastconv")
 
 # The backends that automatic choices have fallen on in this process; whoever wants to know clears it before.
 chosen: set[str] = set()
+_noted: set[tuple[object, ...]] = set()  # kinds of choices that are in the log
 
 
 class Launchers(Protocol):
@@ -230,13 +234,29 @@ def _modules(name: str) -> object:
     return importlib.import_module(f"fastconv.backends.{name}")
 
 
-@cache
 def chip(device_type: str, index: int | None = None) -> str:
-    """What tables of measurements are keyed by: 'cpu', or a GPU's name with its compute capability."""
+    """What tables of measurements are keyed by: a GPU's name and compute capability, a CPU's name and torch's threads."""
+    return _chip(device_type, torch.get_num_threads() if device_type == "cpu" else index)
+
+
+@cache
+def _chip(device_type: str, number: int | None) -> str:
+    if device_type == "cpu":
+        return f"{_cpu_name()} cpu-{number}"
     if device_type != "cuda":
         return device_type
-    major, minor = torch.cuda.get_device_capability(index)
-    return f"{torch.cuda.get_device_name(index)} sm_{major}{minor}"
+    major, minor = torch.cuda.get_device_capability(number)
+    return f"{torch.cuda.get_device_name(number)} sm_{major}{minor}"
+
+
+def _cpu_name() -> str:
+    """As Linux tells it; elsewhere the kind of machine."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        text = ""
+    found = re.search(r"^model name\s*: (.+)$", text, re.MULTILINE)
+    return found[1].strip() if found else platform.machine()
 
 
 def select(
@@ -254,18 +274,14 @@ def select(
         RuntimeError: the requested backend cannot serve it; the message holds the reason.
     """
     device = tensor.device
-    backend = _select(request, op, direction, geometry, policy, device.type, device.index, channels_last)
+    on = chip(device.type, device.index)
+    backend = _select(request, op, direction, geometry, policy, device.type, on, channels_last)
     if request == "auto":
         chosen.add(backend.NAME)
     return backend
 
 
-def forget() -> None:
-    """Choose anew from now on: what can run, or the tables, changed."""
-    _select.cache_clear()
-
-
-@lru_cache(4096)
+@tuning.cached_unless_watched
 def _select(
     request: str,
     op: str,
@@ -273,7 +289,7 @@ def _select(
     geometry: ConvGeometry | PoolGeometry,
     policy: Policy,
     device_type: str,
-    device_index: int | None,
+    chip: str,
     channels_last: bool,
 ) -> Launchers:
     if request != "auto":
@@ -285,15 +301,14 @@ def _select(
                 f"Ask for another one with fastconv.use_backend, or for 'auto'."
             )
         return backend
-    for candidate in tuning.pick(op, direction, geometry, policy, chip(device_type, device_index), channels_last):
+    call = tuning.Call(op, direction, geometry, policy, chip, channels_last)
+    tuning.observe(call)
+    for candidate in tuning.pick(*call):
         name = candidate.backend
         backend = load(name)
         if backend.supports(op, direction, geometry, policy, device_type) is None:
-            _note(op, direction, device_type, policy.dtype, name)
+            if (noted := (op, direction, device_type, policy.dtype, name)) not in _noted:
+                _noted.add(noted)
+                _log.info("backend %s for %s on %s (%s)", name, call, device_type, tuning.explain(*call))
             return backend
     raise RuntimeError(f"{op} ({direction}): no backend serves {policy.dtype} on a {device_type} tensor")
-
-
-@cache
-def _note(op: str, direction: str, device_type: str, dtype: torch.dtype, name: str) -> None:
-    _log.info("%s (%s) on %s, %s: backend %s", op, direction, device_type, dtype, name)

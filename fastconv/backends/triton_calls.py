@@ -171,14 +171,18 @@ def _convolution(layer: Layer, policy: Policy, chip: str) -> Iterator[Call]:
     def weight_grad(plan: Candidate) -> object:
         return triton.conv2d_weight_grad(grad, x, g, policy, plan=plan)
 
-    launchers: list[tuple[str, Callable[[Candidate], object]]] = [("forward", forward)]
-    launchers += [("pooled forward", pooled)] if layer.pool else []
-    launchers += [("input_grad", input_grad)] if layer.in_channels > 3 else []  # not wanted of a first layer
-    launchers += [("weight_grad", weight_grad)]
+    def masked_input_grad(plan: Candidate) -> object:
+        return triton.conv2d_input_grad_relu(grad, weight, x, g, policy, with_bias=True, plan=plan)
+
+    launchers: list[tuple[str, str, Callable[[Candidate], object]]] = [("forward", "conv2d_relu", forward)]
+    launchers += [("pooled forward", "conv2d_relu_max_pool2d", pooled)] if layer.pool else []
+    if layer.in_channels > 3:  # not wanted of a first layer
+        launchers += [("input_grad", "conv2d", input_grad), ("masked input_grad", "conv2d_relu", masked_input_grad)]
+    launchers += [("weight_grad", "conv2d", weight_grad)]
     channels = min(g.group_in_channels, g.group_out_channels)
-    for name, launcher in launchers:
+    for name, op, launcher in launchers:
         direction = name.split()[-1]
-        for plan in triton_candidates(direction, g, policy, chip):
+        for plan in triton_candidates(op, direction, g, policy, chip):
             what = (f"{layer.name} {name}", _dtype_name(policy), direction, plan.kernel, g.groups, channels)
             yield Call(*what, lambda launcher=launcher, plan=plan: launcher(plan))  # type: ignore[misc]
 

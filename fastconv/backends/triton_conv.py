@@ -5,7 +5,6 @@ A plan is one of tuning's candidates for this backend; where none is given, tuni
 
 from __future__ import annotations
 
-from functools import lru_cache
 from types import ModuleType
 
 from torch import Tensor
@@ -109,11 +108,11 @@ def _plan(op: str, direction: str, g: ConvGeometry, policy: Policy, *operands: T
     plans = _plans(op, direction, g, policy, chip(device))
     plan = plans[0]
     if plan.kernel == triton_tma.FAMILY and not triton_tma.reads(plan, *operands):
-        plan = next(other for other in plans if other.kernel != triton_tma.FAMILY)
+        plan = next((other for other in plans if other.kernel != triton_tma.FAMILY), plan)
     return plan
 
 
-@lru_cache(4096)
+@tuning.cached_unless_watched
 def _plans(op: str, direction: str, g: ConvGeometry, policy: Policy, chip: str) -> tuple[Candidate, ...]:
     choices = tuning.pick(op, direction, g, policy, chip, channels_last=True)
     return tuple(candidate for candidate in choices if candidate.backend == "triton")

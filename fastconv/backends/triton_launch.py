@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastconv import backends
+from fastconv import backends, tuning
 from fastconv.backends import triton_tiles as tiles
 from fastconv.backends.triton_tiles import cdiv
 from fastconv.geometry import ConvGeometry, PoolGeometry
@@ -46,12 +46,12 @@ def recording(capability: int) -> Iterator[list[Launch]]:
     global _recorded, _recorded_chip
     before = _recorded, _recorded_chip
     _recorded, _recorded_chip = [], f"sm_{capability}"
-    backends.forget()
+    tuning.forget()
     try:
         yield _recorded
     finally:
         _recorded, _recorded_chip = before
-        backends.forget()
+        tuning.forget()
 
 
 def is_recording() -> bool:

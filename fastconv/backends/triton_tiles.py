@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from fastconv.tuning.sides import cdiv, power_of_two, side
+from fastconv.tuning.sides import PROGRAMS_PER_PROCESSOR, cdiv, power_of_two, side
 
-_PROGRAMS_PER_PROCESSOR = 4
 _INTERPRETED_PROGRAMS = 2
 
 # The update of running statistics.
@@ -47,6 +46,6 @@ def split(pixels: int, block: int, others: int, processors: int | None) -> tuple
     Args:
         processors: of the device; None under the interpreter.
     """
-    wanted = _INTERPRETED_PROGRAMS if processors is None else cdiv(_PROGRAMS_PER_PROCESSOR * processors, others)
+    wanted = _INTERPRETED_PROGRAMS if processors is None else cdiv(PROGRAMS_PER_PROCESSOR * processors, others)
     each = cdiv(cdiv(pixels, wanted), block) * block
     return cdiv(pixels, each), each

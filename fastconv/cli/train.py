@@ -14,6 +14,7 @@ import torch
 import fastconv
 from fastconv import backends
 from fastconv.bench import timing
+from fastconv.cli import arguments
 from fastconv.models.layers import LAYERS
 from fastconv.train import checkpoint, data, loop, pictures
 from fastconv.train.loop import Epoch, Outcome, Settings
@@ -37,14 +38,14 @@ def add(commands: Any) -> None:
     option("--name", default="digits", help="name of the run")
     option("--runs", type=Path, default=Path("runs"), help="folder that runs are kept in")
     option("--layers", choices=("both", *LAYERS), default="both", help="which nets to train")
-    option("--seeds", type=_positive, default=1, help="how many seeds to train, from --seed upwards")
+    option("--seeds", type=arguments.positive, default=1, help="how many seeds to train, from --seed upwards")
     option("--seed", type=int, default=_DEFAULTS.seed, help="first seed: weights, order and moves of images")
-    option("--epochs", type=_positive, default=_DEFAULTS.epochs, help="passes over the training images")
-    option("--batch-size", type=_positive, default=_DEFAULTS.batch_size, help="images a step")
+    option("--epochs", type=arguments.positive, default=_DEFAULTS.epochs, help="passes over the training images")
+    option("--batch-size", type=arguments.positive, default=_DEFAULTS.batch_size, help="images a step")
     option("--learning-rate", type=float, default=_DEFAULTS.learning_rate, help="the highest of the one-cycle schedule")
-    option("--resolution", type=_positive, default=_DEFAULTS.resolution, help="images are resized to R×R pixels")
-    option("--width", type=_positive, default=_DEFAULTS.width, help="channels of the net's first block")
-    option("--max-width", type=_positive, default=_DEFAULTS.max_width, help="most channels of any block")
+    option("--resolution", type=arguments.positive, default=_DEFAULTS.resolution, help="images are resized to R×R pixels")
+    option("--width", type=arguments.positive, default=_DEFAULTS.width, help="channels of the net's first block")
+    option("--max-width", type=arguments.positive, default=_DEFAULTS.max_width, help="most channels of any block")
     option("--downsample", choices=("max", "conv"), default=_DEFAULTS.downsample, help="how maps are halved")
     option("--dtype", choices=tuple(loop.DTYPES), default=_DEFAULTS.dtype, help="the 16-bit ones by autocast")
     option("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
@@ -65,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
 
 def _train(options: argparse.Namespace) -> None:
     pictures.require_matplotlib()  # not found missing only after the training
-    device = _device(options.device)
+    device = arguments.device(options.device)
     layers = LAYERS if options.layers == "both" else (options.layers,)
     settings = [
         Settings(
@@ -116,14 +117,6 @@ def _train(options: argparse.Namespace) -> None:
     backend = options.backend + (f" ({', '.join(sorted(backends.chosen))})" if backends.chosen else "")
     print(table(outcomes, backend))
     print(f"curves, metrics and checkpoints: {folder}")
-
-
-def _device(name: str) -> str:
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if torch.device(name).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: torch sees no CUDA device; `fastconv info` says why")
-    return name
 
 
 def table(outcomes: Sequence[Outcome], backend: str) -> str:
@@ -185,10 +178,3 @@ def _progress(steps: int) -> Any:
             "progress is shown by tqdm, which is not installed: pip install 'fastconv[train]' (or tqdm)"
         ) from error
     return tqdm(total=steps, unit="step", disable=None, smoothing=0.05)
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return value

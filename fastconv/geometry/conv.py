@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 
 from fastconv.geometry.arguments import CACHE_SIZE, pair
 
@@ -54,8 +54,7 @@ def conv_output_shape(
     return (input_shape[0], weight_shape[0], out_height, out_width)
 
 
-# Equal sizes are one object (see `of`), so that a geometry is as quick a key as its address.
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class ConvGeometry:
     """A 2-d convolution's sizes: input (N, C, H, W), weight (O, C / groups, KH, KW), output (N, O, OH, OW)."""
 
@@ -107,6 +106,13 @@ class ConvGeometry:
             return _cached_conv(*key)
         except TypeError:  # torch.compile's symbolic sizes have no hash
             return _build_conv(*key)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:  # in every key of dispatch
+        return self._hash
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:

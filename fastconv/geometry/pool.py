@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, fields
+from functools import cached_property, lru_cache
 
 import torch
 
@@ -14,8 +14,7 @@ from fastconv.geometry.arguments import CACHE_SIZE
 _LARGE_WINDOW = 255  # codes 0 (closed by ReLU) and 1 ... positions must fit one byte
 
 
-# Equal sizes are one object (see `of`), so that a geometry is as quick a key as its address.
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class PoolGeometry:
     """A 2-d pooling's sizes: input (N, C, H, W), window KH × KW, output (N, C, OH, OW)."""
 
@@ -56,6 +55,13 @@ class PoolGeometry:
             return _cached_pool(*key)
         except TypeError:  # torch.compile's symbolic sizes have no hash
             return _build_pool(*key)
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(tuple(getattr(self, field.name) for field in fields(self)))
+
+    def __hash__(self) -> int:  # in every key of dispatch
+        return self._hash
 
     @property
     def input_shape(self) -> tuple[int, int, int, int]:

@@ -118,9 +118,15 @@ def conv2d_relu_max_pool2d(
     if fake:
         output = input.new_empty(pool.output_shape).to(memory_format=layout)
         return output, torch.empty_like(output, dtype=pool.code_dtype)
-    launchers = launchers_for(backend, op, "forward", g, input, layout)
     arithmetic = policy(input.dtype, input.device.type)
-    output, code = launchers.conv2d_relu_max_pool2d(input, weight, bias, g, pool, arithmetic)
+    is_fused = pool.is_2x2 or backend != "auto"  # no kernel fuses another pool
+    launchers = launchers_for(backend, op if is_fused else "conv2d", "forward", g, input, layout)
+    if backend == "auto" and (not is_fused or launchers.NAME == "aten"):
+        pooling = launchers_for(backend, "relu_max_pool2d", "forward", pool, input, layout)
+        unpooled = launchers.conv2d(input, weight, bias, None, g, arithmetic, relu=False)
+        output, code = pooling.max_pool2d(unpooled, pool, relu=True)
+    else:
+        output, code = launchers.conv2d_relu_max_pool2d(input, weight, bias, g, pool, arithmetic)
     return dense(output, layout), dense(code, layout)
 
 

@@ -1,19 +1,16 @@
-"""Every way to run a convolution that its sizes, its arithmetic and the chip allow: kernels and tiles."""
+"""Every way to run a call that its sizes, its arithmetic and the chip allow: backends, kernels and tiles."""
 
 from __future__ import annotations
 
 import re
+from functools import cache
 from typing import NamedTuple
 
 import torch
 
-from fastconv.geometry import ConvGeometry
+from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
-from fastconv.tuning import depthwise, first, grouped, tma
-from fastconv.tuning.sides import cdiv, divisor_side, side
-
-_INTERPRETED_PROGRAMS = 2
-_MANY_PIXELS = 4096
+from fastconv.tuning import depthwise, first, grouped, pointer, tma
 
 
 class Candidate(NamedTuple):
@@ -29,71 +26,47 @@ class Candidate(NamedTuple):
     kernel: str = ""
     config: tuple[tuple[str, int], ...] = ()
 
+    def __str__(self) -> str:
+        return " ".join([self.backend, *([self.kernel] if self.kernel else []), *(f"{k}={v}" for k, v in self.config)])
 
+
+ATEN, NATIVE, TRITON = Candidate("aten"), Candidate("native"), Candidate("triton")
+
+
+@cache
 def capability(chip: str) -> int | None:
-    """90 for a chip whose name ends in sm_90; None for 'cpu' and 'interpreter'."""
+    """90 for a chip whose name ends in sm_90; None for a CPU and for 'interpreter'."""
     found = re.search(r"sm_(\d+)$", chip)
     return int(found[1]) if found else None
 
 
+@cache
+def is_cpu(chip: str) -> bool:
+    """Whether `chip` is 'cpu', or a CPU's name and threads ('AMD EPYC 9B14 cpu-2')."""
+    return re.search(r"(^cpu|cpu-\d+)$", chip) is not None
+
+
+def candidates(
+    op: str, direction: str, g: ConvGeometry | PoolGeometry, policy: Policy, chip: str, channels_last: bool
+) -> tuple[Candidate, ...]:
+    """Every candidate for a call, in the order of a plain rule; aten is always among them.
+
+    Kernels of ours read and write NHWC, so that an NCHW call pays one more pass over its input and one over its output,
+    as much as fusing bias, ReLU or pool saves: such calls stay with torch's own.
+    """
+    if is_cpu(chip):
+        return (NATIVE, ATEN) if channels_last else (ATEN, NATIVE)
+    ours: tuple[Candidate, ...] = (TRITON,)
+    if isinstance(g, ConvGeometry):
+        ours = () if policy.dtype == torch.float64 else triton_candidates(op, direction, g, policy, chip)
+    return (*ours, ATEN) if channels_last else (ATEN, *ours)
+
+
 def triton_candidates(op: str, direction: str, g: ConvGeometry, policy: Policy, chip: str) -> tuple[Candidate, ...]:
-    """The Triton kernels for a convolution in one direction, the likely best first."""
+    """The Triton kernels for a convolution in one direction, the likely best of each family first."""
     arch = capability(chip)
     special = ((f.FAMILY, c) for f in (first, depthwise, grouped) for c in f.candidates(direction, g, policy, arch))
     by_descriptors = ((tma.FAMILY, config) for config in tma.candidates(op, direction, g, policy, arch))
-    rest = _pointer(direction, g, policy, chip)
-    return (*(_candidate(family, config) for family, config in (*special, *by_descriptors)), *rest)
-
-
-def _pointer(direction: str, g: ConvGeometry, policy: Policy, chip: str) -> tuple[Candidate, ...]:
-    if direction == "weight_grad":
-        return (_candidate("pointer", _weight_grad(g, policy, chip == "interpreter")),)
-    if direction == "input_grad":
-        phase_pixels = g.batch * cdiv(g.height, g.stride_h) * cdiv(g.width, g.stride_w)
-        sizes = (g.group_out_channels, g.group_in_channels, phase_pixels)
-    else:
-        sizes = (g.group_in_channels, g.group_out_channels, g.out_pixels)
-    return (_candidate("pointer", _product(*sizes, policy, chip == "interpreter")),)
-
-
-def _candidate(kernel: str, config: dict[str, int]) -> Candidate:
-    return Candidate("triton", kernel, tuple(config.items()))
-
-
-def _product(reduction: int, outputs: int, pixels: int, policy: Policy, interpreted: bool) -> dict[str, int]:
-    """Forward and input gradient: `outputs` channels × `pixels`, summed over taps × `reduction` channels."""
-    if interpreted:
-        sides = {"BLOCK_N": side(outputs, 128), "BLOCK_M": side(pixels, 512), "BLOCK_K": side(reduction, 128)}
-        return {**sides, "NUM_STAGES": 1}
-    if policy.dtype == torch.float32 and not policy.tf32:
-        return {"BLOCK_N": side(outputs, 64), "BLOCK_M": 64, "BLOCK_K": 16, "NUM_STAGES": 3, "num_warps": 4}
-    block_n = side(outputs, 256 // policy.dtype.itemsize)
-    block_m = 128 if pixels > _MANY_PIXELS else 64
-    block_k = divisor_side(reduction, 128 // policy.dtype.itemsize) or side(reduction, 32)
-    sides = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_K": block_k}
-    return {**sides, "NUM_STAGES": 3, "num_warps": _warps(block_n * block_m)}
-
-
-def _weight_grad(g: ConvGeometry, policy: Policy, interpreted: bool) -> dict[str, int]:
-    """Weight gradient: output channels × columns (taps × channels), summed over pixels."""
-    columns = g.taps * g.group_in_channels
-    if interpreted:
-        sides = {
-            "BLOCK_N": side(g.group_out_channels, 128),
-            "BLOCK_C": divisor_side(g.group_in_channels, 128) or side(columns, 128),
-            "BLOCK_P": side(cdiv(g.out_pixels, _INTERPRETED_PROGRAMS), 512),
-        }
-        return {**sides, "NUM_STAGES": 1}
-    largest = 64 if policy.dtype == torch.float32 else 128
-    block_n = side(g.group_out_channels, largest)
-    block_c = divisor_side(g.group_in_channels, largest)
-    # A tile of several taps computes an address for each element, which takes registers.
-    warps = 8 if block_c is None else _warps(block_n * block_c)
-    block_c = block_c or side(columns, 64)
-    sides = {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_P": 128 // policy.dtype.itemsize}
-    return {**sides, "NUM_STAGES": 3, "num_warps": warps}
-
-
-def _warps(elements: int) -> int:
-    """At most 64 accumulators a thread, mostly 32: addresses take as many registers."""
-    return 8 if elements >= 64 * 128 else 4
+    by_pointers = ((pointer.FAMILY, config) for config in pointer.candidates(direction, g, policy, arch))
+    found = (*special, *by_descriptors, *by_pointers)
+    return tuple(Candidate("triton", family, tuple(config.items())) for family, config in found)

@@ -1,6 +1,9 @@
-"""Sides of tiles."""
+"""Sides of tiles, and how many programs there should be."""
 
 from __future__ import annotations
+
+# Programs that a split reduction makes for each processor: enough that one more or less evens out.
+PROGRAMS_PER_PROCESSOR = 4
 
 
 def cdiv(dividend: int, divisor: int) -> int:

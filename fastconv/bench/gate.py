@@ -1,0 +1,59 @@
+"""When a result is right: the one table of tolerances, for tests and for what a search may time.
+
+With inputs of unit scale, a sum of K products in float32 has a relative rounding error of about u32 · sqrt(K / 2), whatever
+the order of summation; each rounding to the output's dtype adds half a unit in the last place, at most `u` of the value.
+At most two such roundings are allowed: one of the convolution, one after the residual. Bounds hold for the largest and for
+the root-mean-square error, the latter catching what a generous maximum would hide.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# Unit roundoff of each dtype, and of the float32 (float64) accumulation behind it.
+_UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+_TF32_UNIT = 2.0**-11  # operands rounded (not truncated) to ten bits of mantissa
+
+
+def bounds(dtype: torch.dtype, reduction: int, tf32: bool = False) -> tuple[float, float, float]:
+    """(relative maximum per element, maximum in units of the expected RMS, RMS error in the same units)."""
+    unit = _UNIT[dtype]
+    accumulation = max(_UNIT[torch.float64], _UNIT[torch.float32] if dtype != torch.float64 else 0.0)
+    summed = accumulation * (2 + math.sqrt(reduction)) + (2 * _TF32_UNIT if tf32 else 0.0)
+    return 2 * unit, 2 * unit + 6 * summed, unit + summed
+
+
+def deviation(actual: Tensor, expected: Tensor, reduction: int, tf32: bool = False, scale: float = 0.0) -> str | None:
+    """None where `actual` is as near to the float64 `expected` as its dtype allows; else how far off it is.
+
+    Args:
+        reduction: the number of products summed into an element (taps · channels for a convolution; 1 for a pool).
+        tf32: products may round their operands to TF32.
+        scale: the least size to measure errors by, where few elements are expected and their terms may cancel.
+    """
+    dtype = actual.dtype
+    if actual.shape != expected.shape:
+        return f"shape {tuple(actual.shape)} != {tuple(expected.shape)}"
+    actual, expected = actual.detach().double(), expected.detach().double()
+    finite = expected.isfinite()
+    odd, wanted = actual[~finite], expected[~finite]
+    if not ((odd == wanted) | (odd.isnan() & wanted.isnan())).all():
+        return "NaN or infinities are not where they are expected"
+    actual, expected = actual[finite], expected[finite]
+    if expected.numel() == 0:
+        return None
+    if not actual.isfinite().all():
+        return f"{(~actual.isfinite()).sum()} of {actual.numel()} elements are not finite"
+    error = (actual - expected).abs()
+    scale = max(scale, expected.square().mean().sqrt().item())
+    relative, absolute, rms = bounds(dtype, reduction, tf32)
+    excess = error - relative * expected.abs()
+    if not excess.max().item() <= absolute * scale:
+        return f"maximum error {error.max():.3e} over {relative:.1e} · |expected| + {absolute:.1e} · {scale:.3e} (RMS)"
+    measured = error.square().mean().sqrt().item()
+    if not measured <= rms * scale:
+        return f"RMS error {measured:.3e} over {rms:.1e} · {scale:.3e}"
+    return None

@@ -1,0 +1,132 @@
+"""`fastconv tune`: measure which backend and kernel is the fastest for a model's layers, and keep it in a table."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import fastconv
+from fastconv import backends, models
+from fastconv.bench import timing, tune
+from fastconv.cli import arguments
+from fastconv.tuning import tables
+
+_VGG = re.compile(r"vgg(\d+)$")
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def add(commands: Any) -> None:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "tune",
+        help="measure the fastest backend and kernel for a model's layers",
+        description=(
+            "Run one training step of a model, measure every candidate for each of its calls (each held against float64 "
+            "first), and write the winners to a table, which later processes on the same chip read. Nothing is ever "
+            "searched outside of this command."
+        ),
+    )
+    option = parser.add_argument
+    option(
+        "--model",
+        default="recipe",
+        help="recipe, vgg11, vgg13, vgg16, vgg19, or path/to/file.py:callable, a function without arguments that "
+        "returns a torch.nn.Module (default: recipe)",
+    )
+    option(
+        "--input",
+        metavar="NxCxHxW",
+        help="shape of a batch (default: 32x3x224x224 on a GPU, 8x3x32x32 on a CPU)",
+    )
+    option("--dtype", choices=_DTYPES, help="the 16-bit ones by autocast (default: bfloat16 on a GPU, float32 on a CPU)")
+    option("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ... (default: auto)")
+    option("--out", type=Path, help="the table to write (default: this chip's in the user's cache directory, which is read)")
+    option("--budget", type=_seconds, default=60.0, help="seconds of timed runs in all (default: 60)")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Observe a step, measure its calls, print each winner."""
+    device = torch.device(arguments.device(options.device))
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device {options.device}: allowed: auto, cpu, cuda, cuda:1, ...")
+    on_gpu = device.type == "cuda"
+    shape = _shape(options.input or ("32x3x224x224" if on_gpu else "8x3x32x32"))
+    dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
+    chip = backends.chip(device.type, device.index)
+    path = options.out or tables.user_file(chip)
+    model = fastconv.convert(_model(options.model, shape)).to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+    print(f"{chip}; torch {torch.__version__}; {options.model}, {'x'.join(map(str, shape))}, {dtype}")
+    calls = tune.observe(lambda: tune.training_step(model, x, dtype))
+    if not calls:
+        raise ValueError(f"--model {options.model}: a training step of it calls none of fastconv's operators")
+    del model, x
+    print(f"{len(calls)} calls; each: times in a step, winner, median (20%–80%), aten / winner")
+    written = 0
+    for measurement in tune.tune(calls, device, path, budget=options.budget):
+        print(f"{measurement.call}: {calls[measurement.call]}×, {_outcome(measurement)}", flush=True)
+        for candidate, reason in measurement.rejected.items():
+            print(f"    not {candidate}: {reason.splitlines()[0] if reason else 'no reason given'}")
+        written += measurement.winner is not None
+    print(f"{written} entries written: {path}" if written else "nothing written: no call had two candidates to choose from")
+
+
+def _outcome(measurement: tune.Measurement) -> str:
+    if measurement.winner is None:
+        return f"no choice between {len(measurement.rejected)} rejected candidates and at most one right one"
+    gain = measurement.gain()
+    against = "" if gain is None else f", {timing.times(gain)}"
+    return f"{measurement.winner}, {timing.seconds(measurement.timings[measurement.winner])}{against}"
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
+    shape = tuple(map(int, found.groups())) if found else ()
+    if not shape or 0 in shape:
+        raise ValueError(f"--input must be NxCxHxW, four integers from 1 on, such as 8x3x32x32; got {text!r}")
+    return shape
+
+
+def _model(name: str, shape: tuple[int, ...]) -> nn.Module:
+    if name == "recipe":
+        if shape[2] != shape[3]:
+            raise ValueError(f"--model recipe takes square images, got --input {'x'.join(map(str, shape))}")
+        return models.recipe_net(shape[2], in_channels=shape[1])
+    found = _VGG.match(name)
+    if found:
+        if min(shape[2:]) < 32:
+            raise ValueError(f"--model {name} takes images from 32×32 on, got --input {'x'.join(map(str, shape))}")
+        return models.vgg(int(found[1]), in_channels=shape[1])
+    if ":" not in name:
+        raise ValueError(f"--model must be recipe, vgg11, vgg13, vgg16, vgg19 or path/to/file.py:callable, got {name!r}")
+    model = _function(*name.rsplit(":", 1))()
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"--model {name}: must return a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _function(file: str, name: str) -> Callable[[], object]:
+    path = Path(file)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise ValueError(f"--model {file}:{name}: {file} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise ValueError(f"--model {file}:{name}: {file} defines no callable {name!r}")
+    return function
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    return value
