@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -84,8 +84,42 @@ def launch(kernel: Any, grid: tuple[int, ...], **arguments: Any) -> None:
         return
     operands = (getattr(argument, "base", argument) for argument in arguments.values())  # a descriptor's tensor, or itself
     device = next(operand.device for operand in operands if isinstance(operand, Tensor))
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    if kernels().interpreted:
         kernel[grid](**arguments)
+    elif device.index is None or device.index == torch.cuda.current_device():
+        _launch_compiled(kernel, grid, device.index, arguments)
+    else:
+        with torch.cuda.device(device):
+            _launch_compiled(kernel, grid, device.index, arguments)
+
+
+def _launch_compiled(kernel: Any, grid: tuple[int, ...], device_index: int | None, arguments: dict[str, Any]) -> None:
+    """Triton binds and specialises arguments anew for each launch; those that were seen before have their kernel."""
+    key = (id(kernel), grid, device_index, *arguments, *map(_specialisation, arguments.values()))
+    found = _compiled.get(key)
+    if found is not None:
+        run, names = found
+        run(*[arguments[name] for name in names])
+        return
+    compiled = kernel[grid](**arguments)
+    if len(_compiled) >= _MOST_COMPILED:
+        _compiled.clear()
+    _compiled[key] = (compiled[(*grid, 1, 1)[:3]], kernel.arg_names)
+
+
+def _specialisation(argument: Any) -> Any:
+    """All of an argument that the machine code may depend on."""
+    if type(argument) in _VALUES:
+        return argument
+    if isinstance(argument, Tensor):
+        return argument.dtype, argument.data_ptr() % _ALIGNMENT == 0
+    return argument.base.dtype, *argument.block_shape, getattr(argument, "round_f32_to_tf32", False)
+
+
+_VALUES = frozenset({int, bool, str, float, type(None)})
+_ALIGNMENT = 16  # bytes: of addresses for which Triton compiles kernels of their own
+_MOST_COMPILED = 4096
+_compiled: dict[tuple[Any, ...], tuple[Callable[..., None], list[str]]] = {}
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ FAMILY = "tma"
 Box = tuple[int, int, int]
 
 _ALIGNMENT = 16  # bytes: of the address behind a descriptor
+_CACHE_SIZE = 4096
 
 _log = logging.getLogger("fastconv")
 
@@ -280,36 +281,78 @@ def _map(
         channels: of a box.
         policy: of a factor, which is rounded to TF32 where the policy says so; None where values are kept.
     """
-    n, c, h, w = tensor.shape
-    images, rows, columns = box
-    if stride != (1, 1):
-        down, right = stride
-        shape = [n, h // down, down, w // right, right * c]
-        strides = [h * w * c, down * w * c, w * c, right * c, 1]
-        return _descriptor(tensor, shape, strides, [images, rows, 1, columns, channels], policy)
-    if batch_inner:
-        return _descriptor(tensor, [h, n, w, c], [w * c, h * w * c, c, 1], [rows, images, columns, channels], policy)
-    return _descriptor(tensor, [n, h, w, c], [h * w * c, w * c, c, 1], [images, rows, columns, channels], policy)
+    rounds = policy is not None and policy.tf32
+    return _descriptor(tensor, _map_layout(tensor.shape, box, channels, stride, batch_inner, tensor.dtype, rounds))
 
 
 def _rows(tensor: Tensor, pixels: int, channels: int, policy: Policy) -> Any:
     """A descriptor of an NHWC map as (N · H · W, C)."""
-    n, c, h, w = tensor.shape
-    return _descriptor(tensor, [n * h * w, c], [c, 1], [pixels, channels], policy)
+    return _descriptor(tensor, _rows_layout(tensor.shape, pixels, channels, tensor.dtype, policy.tf32))
 
 
 def _weight(weight: Tensor, block: tuple[int, int], policy: Policy) -> Any:
     """A descriptor of (taps, O, C), a strided view of a weight that lies (O, taps, C)."""
-    o, c, kh, kw = weight.shape
-    return _descriptor(weight, [kh * kw, o, c], [c, kh * kw * c, 1], [1, *block], policy)
+    return _descriptor(weight, _weight_layout(weight.shape, block, weight.dtype, policy.tf32))
 
 
-def _descriptor(tensor: Tensor, shape: list[int], strides: list[int], block: list[int], policy: Policy | None) -> Any:
+@lru_cache(_CACHE_SIZE)
+def _map_layout(
+    shape: tuple[int, int, int, int],
+    box: Box,
+    channels: int,
+    stride: tuple[int, int],
+    batch_inner: bool,
+    dtype: torch.dtype,
+    rounds: bool,
+) -> dict[str, Any]:
+    n, c, h, w = shape
+    images, rows, columns = box
+    if stride != (1, 1):
+        down, right = stride
+        return _layout(
+            [n, h // down, down, w // right, right * c],
+            [h * w * c, down * w * c, w * c, right * c, 1],
+            [images, rows, 1, columns, channels],
+            dtype,
+            rounds,
+        )
+    if batch_inner:
+        return _layout([h, n, w, c], [w * c, h * w * c, c, 1], [rows, images, columns, channels], dtype, rounds)
+    return _layout([n, h, w, c], [h * w * c, w * c, c, 1], [images, rows, columns, channels], dtype, rounds)
+
+
+@lru_cache(_CACHE_SIZE)
+def _rows_layout(
+    shape: tuple[int, int, int, int], pixels: int, channels: int, dtype: torch.dtype, rounds: bool
+) -> dict[str, Any]:
+    n, c, h, w = shape
+    return _layout([n * h * w, c], [c, 1], [pixels, channels], dtype, rounds)
+
+
+@lru_cache(_CACHE_SIZE)
+def _weight_layout(
+    shape: tuple[int, int, int, int], block: tuple[int, int], dtype: torch.dtype, rounds: bool
+) -> dict[str, Any]:
+    o, c, kh, kw = shape
+    return _layout([kh * kw, o, c], [c, kh * kw * c, 1], [1, *block], dtype, rounds)
+
+
+def _layout(shape: list[int], strides: list[int], block: list[int], dtype: torch.dtype, rounds: bool) -> dict[str, Any]:
+    """The fields of a descriptor that Triton has checked, all but the tensor that it is of."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    if policy is not None and policy.tf32 and _rounds_tf32():
-        return TensorDescriptor(tensor, shape, strides, block, round_f32_to_tf32=True)
-    return TensorDescriptor(tensor, shape, strides, block)
+    options = {"round_f32_to_tf32": True} if rounds and _rounds_tf32() else {}
+    checked = TensorDescriptor(torch.empty(16, dtype=dtype), shape, strides, block, **options)
+    return {name: value for name, value in vars(checked).items() if name != "base"}
+
+
+def _descriptor(tensor: Tensor, layout: dict[str, Any]) -> Any:
+    """A descriptor of `tensor`, which `reads` or the allocator has aligned: checks cost more than all the rest."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    descriptor = object.__new__(TensorDescriptor)
+    vars(descriptor).update(layout, base=tensor)
+    return descriptor
 
 
 @cache
