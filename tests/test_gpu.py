@@ -1,0 +1,162 @@
+"""What only a GPU can show: real layers on each family of kernels, CUDA graphs, streams, no waiting, determinism."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from tolerances import assert_close
+from torch import Tensor
+
+import fastconv
+from fastconv import models
+from fastconv.backends import aten, triton
+from fastconv.backends.triton_launch import chip
+from fastconv.geometry import ConvGeometry, PoolGeometry
+from fastconv.precision import Policy
+from fastconv.tuning import Candidate
+from fastconv.tuning.candidates import triton_candidates
+
+pytestmark = pytest.mark.gpu
+
+# Input channels, output channels, side of the map: VGG16's, and the recipe net's last.
+LAYERS = [
+    (3, 64, 224),
+    (64, 64, 224),
+    (64, 128, 112),
+    (128, 256, 56),
+    (256, 256, 56),
+    (512, 512, 28),
+    (512, 512, 14),
+    (512, 512, 7),
+]
+BATCH = 4
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def _first_of_each_family(op: str, direction: str, g: ConvGeometry, policy: Policy) -> Iterator[Candidate]:
+    seen: set[str] = set()
+    for plan in triton_candidates(op, direction, g, policy, chip(torch.device("cuda", 0))):
+        if plan.kernel not in seen:
+            seen.add(plan.kernel)
+            yield plan
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
+    return (torch.randn(shape, device="cuda") * scale).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_layers_on_each_family(layer: tuple[int, int, int], dtype: torch.dtype) -> None:
+    channels, out_channels, side = layer
+    one = (1, 1)
+    g = ConvGeometry.of("conv", (BATCH, channels, side, side), (out_channels, channels, 3, 3), None, one, one, one, 1)
+    pool = PoolGeometry.of("pool", g.output_shape, (2, 2), (2, 2), (0, 0), one, False)
+    policy, wide = Policy(dtype, tf32=dtype == torch.float32), Policy(torch.float64)
+    products = 9 * channels
+    x, weight = _random(g.input_shape, dtype).relu(), _random(g.weight_shape, dtype, products**-0.5)
+    bias, grad = torch.randn(out_channels, device="cuda").to(dtype), _random(g.output_shape, dtype, g.out_pixels**-0.5)
+    exact = [t.double() for t in (x, weight, bias, grad)]
+
+    expected = aten.conv2d(*exact[:3], None, g, wide, True)
+    for plan in _first_of_each_family("conv2d_relu", "forward", g, policy):
+        y = triton.conv2d(x, weight, bias, None, g, policy, True, plan=plan)
+        assert_close(y, expected, dtype, products, f"{plan}", tf32=policy.tf32)
+    pooled = aten.max_pool2d(expected, pool, True)[0]
+    for plan in _first_of_each_family("conv2d_relu_max_pool2d", "forward", g, policy):
+        y, code = triton.conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy, plan=plan)
+        assert_close(y, pooled, dtype, products, f"{plan}", tf32=policy.tf32)
+        assert code.max() <= 4
+    expected = aten.conv2d_weight_grad(exact[3], exact[0], g, wide)
+    for plan in _first_of_each_family("conv2d", "weight_grad", g, policy):
+        results = [triton.conv2d_weight_grad(grad, x, g, policy, plan=plan) for _ in range(2)]
+        assert torch.equal(*results), f"{plan}: two runs differ"
+        assert_close(results[0], expected, dtype, g.out_pixels, f"{plan}", tf32=policy.tf32)
+    if channels == 3:
+        return
+    expected = aten.conv2d_input_grad(exact[3], exact[1], g, wide)
+    for plan in _first_of_each_family("conv2d", "input_grad", g, policy):
+        grad_x = triton.conv2d_input_grad(grad, weight, g, policy, plan=plan)
+        assert_close(grad_x, expected, dtype, 9 * out_channels, f"{plan}", tf32=policy.tf32)
+    expected = expected.masked_fill(x <= 0, 0)
+    for plan in _first_of_each_family("conv2d_relu", "input_grad", g, policy):
+        masked, sums = triton.conv2d_input_grad_relu(grad, weight, x, g, policy, True, plan=plan)
+        assert_close(masked, expected, dtype, 9 * out_channels, f"{plan}", tf32=policy.tf32)
+        scale = expected.square().sum((0, 2, 3)).mean().sqrt().item()
+        reduction = 9 * out_channels * g.out_pixels
+        assert_close(sums, expected.sum((0, 2, 3)), dtype, reduction, f"{plan}: sums", tf32=policy.tf32, scale=scale)
+
+
+def _step(backend: str) -> tuple[Callable[[], None], list[Tensor]]:
+    """A training step of the recipe net without an optimizer, and the gradients that it leaves."""
+    net = models.recipe_net(64).cuda().bfloat16().to(memory_format=torch.channels_last)
+    x = _random((8, 3, 64, 64), torch.bfloat16)
+
+    def step() -> None:
+        with fastconv.use_backend(backend):
+            net(x).float().square().mean().backward()
+
+    step()
+    return step, [p.grad for p in net.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_a_step_in_a_cuda_graph(backend: str) -> None:
+    step, grads = _step(backend)
+    for grad in grads:
+        grad.zero_()
+    step()
+    expected = [grad.clone() for grad in grads]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for grad in grads:
+            grad.zero_()
+        step()
+    for _ in range(2):
+        graph.replay()
+        assert all(map(torch.equal, grads, expected))
+
+
+@pytest.mark.parametrize("backend", ["triton", "auto"])
+def test_a_step_waits_for_nothing(backend: str) -> None:
+    step, _ = _step(backend)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_step_is_bitwise_deterministic() -> None:
+    step, grads = _step("triton")
+    results = []
+    for _ in range(2):
+        for grad in grads:
+            grad.zero_()
+        step()
+        results.append([grad.clone() for grad in grads])
+    assert all(map(torch.equal, *results))
+
+
+def test_launches_go_to_the_current_stream() -> None:
+    x, weight = _random((8, 64, 56, 56), torch.bfloat16), _random((64, 64, 3, 3), torch.bfloat16, 1 / 24)
+    with fastconv.use_backend("triton"), torch.no_grad():
+        fastconv.functional.conv2d_relu(x, weight, padding=1)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(200_000_000)  # clock cycles: a tenth of a second in which the input is not there yet
+            late = x * 2
+            y = fastconv.functional.conv2d_relu(late, weight, padding=1)
+        assert not stream.query(), "nothing waited"
+        stream.synchronize()
+        expected = fastconv.functional.conv2d_relu(x * 2, weight, padding=1)
+    assert torch.equal(y, expected)
