@@ -221,7 +221,7 @@ def _forward_pool(call: Call, device: torch.device) -> Problem:
 def _verify_winners(
     pool: PoolGeometry, unpooled: Callable[[Results], Tensor], relu: bool, reduction: int, call: Call
 ) -> Callable[[Results, Results, Results], str | None]:
-    """Maxima against float64's; and the elements that the codes name, which near ties may choose differently, against the maxima."""
+    """Maxima against float64's, and the elements that the codes name, which may differ in near ties, against the maxima."""
 
     def verify(results: Results, exact: Results, operands: Results) -> str | None:
         (output, code), maxima = results, exact[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import fastconv
 from fastconv import backends, models
 from fastconv.bench import timing, tune
 from fastconv.cli import arguments
-from fastconv.tuning import tables
+from fastconv.tuning import Call, tables
 
 _VGG = re.compile(r"vgg(\d+)$")
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -61,13 +62,8 @@ def run(options: argparse.Namespace) -> None:
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
     chip = backends.chip(device.type, device.index)
     path = options.out or tables.user_file(chip)
-    model = fastconv.convert(_model(options.model, shape)).to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
     print(f"{chip}; torch {torch.__version__}; {options.model}, {'x'.join(map(str, shape))}, {dtype}")
-    calls = tune.observe(lambda: tune.training_step(model, x, dtype))
-    if not calls:
-        raise ValueError(f"--model {options.model}: a training step of it calls none of fastconv's operators")
-    del model, x
+    calls = _observe(options.model, shape, dtype, device)
     print(f"{len(calls)} calls; each: times in a step, winner, median (20%–80%), aten / winner")
     written = 0
     for measurement in tune.tune(calls, device, path, budget=options.budget):
@@ -76,6 +72,16 @@ def run(options: argparse.Namespace) -> None:
             print(f"    not {candidate}: {reason.splitlines()[0] if reason else 'no reason given'}")
         written += measurement.winner is not None
     print(f"{written} entries written: {path}" if written else "nothing written: no call had two candidates to choose from")
+
+
+def _observe(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Counter[Call]:
+    """The calls of a training step. Model and batch are gone when it returns, for measuring needs their memory."""
+    model = fastconv.convert(_model(name, shape)).to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+    calls = tune.observe(lambda: tune.training_step(model, x, dtype))
+    if not calls:
+        raise ValueError(f"--model {name}: a training step of it calls none of fastconv's operators on this device")
+    return calls
 
 
 def _outcome(measurement: tune.Measurement) -> str:

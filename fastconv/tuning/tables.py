@@ -296,8 +296,8 @@ def _integers(row: dict[str, Any], name: str, count: int, least: int, where: str
 
 def _seconds(row: dict[str, Any], where: str) -> float:
     value = row.get("seconds")
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise TableError(f"{where}: seconds must be a positive number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise TableError(f"{where}: seconds must be a positive number, got {value!r:.60}")
     return float(value)
 
 
