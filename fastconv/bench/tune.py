@@ -255,6 +255,21 @@ def _input_grad(call: Call, device: torch.device) -> Problem:
     return Problem(operands, run, _verify(products, call=call))
 
 
+def _masked_input_grad(call: Call, device: torch.device) -> Problem:
+    """With the backward of the ReLU below, whose output is the convolution's input, and the sums of that."""
+    g = call.geometry
+    assert isinstance(g, ConvGeometry)
+    grad, weight = _input_grad(call, device).operands
+    x = _random(g.input_shape, call, device).relu()
+
+    def run(operands: Results, backend: str) -> Results:
+        masked, _, bias = torch.ops.fastconv.conv2d_backward_relu(*operands, False, True, *_conv_arguments(g), backend)
+        return masked, bias
+
+    products, sums = g.taps * g.group_out_channels, g.batch * g.height * g.width
+    return Problem((grad, x, weight), run, _verify(products, products + sums, call=call))
+
+
 def _weight_grad(call: Call, device: torch.device) -> Problem:
     g = call.geometry
     assert isinstance(g, ConvGeometry)
@@ -345,6 +360,7 @@ _PROBLEMS: dict[tuple[str, str], Callable[[Call, torch.device], Problem]] = {
     ("conv2d_relu", "forward"): _forward,
     ("conv2d_relu_max_pool2d", "forward"): _forward_pool,
     ("conv2d", "input_grad"): _input_grad,
+    ("conv2d_relu", "input_grad"): _masked_input_grad,
     ("conv2d", "weight_grad"): _weight_grad,
     ("conv2d", "bias_grad"): _bias_grad,
     ("relu", "backward"): _relu_backward,

@@ -131,14 +131,26 @@ def _distance(one: Call, other: Call) -> float:
     return abs(math.log2(a.batch * a.height * a.width) - math.log2(b.batch * b.height * b.width))
 
 
+def files(chip: str) -> list[Path]:
+    """The tables for `chip` that there are, the shipped one before the user's."""
+    folders = (shipped_folder(), user_folder())
+    paths = [folder / file_name(chip) for folder in folders if folder is not None]
+    return [path for path in paths if path.is_file()]
+
+
+def describe(path: Path, chip: str) -> str:
+    """'12 entries', or why the file is ignored."""
+    try:
+        return f"{len(read(path, chip))} entries"
+    except (TableError, OSError) as error:
+        return f"ignored: {error}"
+
+
 @cached
 def load(chip: str) -> Table:
     """The shipped table for `chip` and the user's over it; read once, until `forget`."""
     entries: dict[Call, Entry] = {}
-    for folder in (shipped_folder(), user_folder()):
-        path = None if folder is None else folder / file_name(chip)
-        if path is None or not path.is_file():
-            continue
+    for path in files(chip):
         try:
             entries.update((entry.call, entry) for entry in read(path, chip))
         except (TableError, OSError) as error:
