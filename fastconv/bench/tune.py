@@ -231,6 +231,8 @@ def _verify_winners(
         if code.max() > pool.positions:
             return f"a winner's code is {code.max()}, of {pool.positions} positions"
         indices = aten.code_to_indices(code, pool)
+        if indices.min() < 0 or indices.max() >= pool.height * pool.width:  # which gather must not see on a GPU
+            return "winners: a code names an element outside of the map"
         named = unpooled(operands).flatten(2).gather(2, indices.flatten(2)).view(maxima.shape)
         if relu:
             named = named.masked_fill(code == 0, 0)

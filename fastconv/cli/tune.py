@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from fastconv.bench import timing, tune
 from fastconv.cli import arguments
 from fastconv.tuning import Call, tables
 
-_VGG = re.compile(r"vgg(\d+)$")
+_VGG = ("vgg11", "vgg13", "vgg16", "vgg19")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -36,12 +37,14 @@ def add(commands: Any) -> None:
     option = parser.add_argument
     option(
         "--model",
+        type=_model_name,
         default="recipe",
         help="recipe, vgg11, vgg13, vgg16, vgg19, or path/to/file.py:callable, a function without arguments that "
         "returns a torch.nn.Module (default: recipe)",
     )
     option(
         "--input",
+        type=_shape,
         metavar="NxCxHxW",
         help="shape of a batch (default: 32x3x224x224 on a GPU, 8x3x32x32 on a CPU)",
     )
@@ -58,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {options.device}: allowed: auto, cpu, cuda, cuda:1, ...")
     on_gpu = device.type == "cuda"
-    shape = _shape(options.input or ("32x3x224x224" if on_gpu else "8x3x32x32"))
+    shape = options.input or ((32, 3, 224, 224) if on_gpu else (8, 3, 32, 32))
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
     chip = backends.chip(device.type, device.index)
     path = options.out or tables.user_file(chip)
@@ -96,8 +99,14 @@ def _shape(text: str) -> tuple[int, ...]:
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
     shape = tuple(map(int, found.groups())) if found else ()
     if not shape or 0 in shape:
-        raise ValueError(f"--input must be NxCxHxW, four integers from 1 on, such as 8x3x32x32; got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be NxCxHxW, four integers from 1 on, such as 8x3x32x32; got {text!r}")
     return shape
+
+
+def _model_name(text: str) -> str:
+    if text != "recipe" and text not in _VGG and not re.fullmatch(r".+:\w+", text):
+        raise argparse.ArgumentTypeError(f"must be recipe, {', '.join(_VGG)} or path/to/file.py:callable, got {text!r}")
+    return text
 
 
 def _model(name: str, shape: tuple[int, ...]) -> nn.Module:
@@ -105,13 +114,10 @@ def _model(name: str, shape: tuple[int, ...]) -> nn.Module:
         if shape[2] != shape[3]:
             raise ValueError(f"--model recipe takes square images, got --input {'x'.join(map(str, shape))}")
         return models.recipe_net(shape[2], in_channels=shape[1])
-    found = _VGG.match(name)
-    if found:
+    if name in _VGG:
         if min(shape[2:]) < 32:
             raise ValueError(f"--model {name} takes images from 32×32 on, got --input {'x'.join(map(str, shape))}")
-        return models.vgg(int(found[1]), in_channels=shape[1])
-    if ":" not in name:
-        raise ValueError(f"--model must be recipe, vgg11, vgg13, vgg16, vgg19 or path/to/file.py:callable, got {name!r}")
+        return models.vgg(int(name[3:]), in_channels=shape[1])
     model = _function(*name.rsplit(":", 1))()
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {name}: must return a torch.nn.Module, got {type(model).__name__}")
@@ -132,7 +138,10 @@ def _function(file: str, name: str) -> Callable[[], object]:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
     return value

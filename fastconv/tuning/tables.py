@@ -219,9 +219,14 @@ def _to_json(entry: Entry) -> dict[str, object]:
         "channels_last": call.channels_last,
         "geometry": geometry,
         "candidate": _candidate_to_json(entry.candidate),
-        "seconds": entry.seconds,
-        "others": [{**_candidate_to_json(candidate), "seconds": seconds} for candidate, seconds in entry.others],
+        "seconds": _rounded(entry.seconds),
+        "others": [{**_candidate_to_json(candidate), "seconds": _rounded(seconds)} for candidate, seconds in entry.others],
     }
+
+
+def _rounded(seconds: float) -> float:
+    """More digits than these no measurement has."""
+    return float(f"{seconds:.4g}")
 
 
 def _candidate_to_json(candidate: Candidate) -> dict[str, object]:
