@@ -78,6 +78,22 @@ def test_every_call_is_measured(op: str, direction: str, policy: Policy, channel
         assert gain.runs == (1.0,)
 
 
+@pytest.mark.parametrize("op_direction", CONVOLUTIONS, ids=" ".join)
+@pytest.mark.parametrize(("channels", "groups"), [(16, 1), (3, 1), (16, 4), (16, 16)])
+def test_the_gate_passes_every_family_of_kernels(channels: int, groups: int, op_direction: tuple[str, str]) -> None:
+    """In Triton's interpreter, whose candidates a CPU's search does not list."""
+    op, direction = op_direction
+    weight = (16, channels // groups, 3, 3)
+    g = ConvGeometry.of(op, (2, channels, 8, 6), weight, None, (1, 1), (1, 1), (1, 1), groups)
+    call = Call(op, direction, g, FP32, "interpreter", True)
+    right, rejected = tune._gated(call, tune._PROBLEMS[op_direction](call, CPU))
+    assert rejected == {}
+    found = {candidate.kernel for candidate in right}
+    special = {(16, 1): "tma", (3, 1): "first", (16, 4): "pointer", (16, 16): "depthwise"}[channels, groups]
+    assert found >= {"pointer", ""}
+    assert special in found or (special, direction) == ("first", "input_grad")
+
+
 def _off(launcher: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return lambda *args, **kwargs: launcher(*args, **kwargs) * 1.01
 
