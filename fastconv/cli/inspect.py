@@ -113,7 +113,7 @@ def markdown(records: Sequence[dict[str, Any]], triton_version: str) -> str:
     lines = [
         "# What the Triton kernels compile to",
         "",
-        f"Written by `make docs` (`fastconv inspect`); Triton {triton_version}. No GPU was there, and nothing here is a time.",
+        f"Written by `make docs` (`fastconv inspect`); Triton {triton_version}. No GPU was there; nothing here is a time.",
         f"{_LEGEND[0].upper()}{_LEGEND[1:]}.",
     ]
     for kernel, group in by_kernel(records).items():
