@@ -21,7 +21,7 @@ from fastconv.precision import Policy
 from fastconv.tuning import Call, Candidate, candidates, pick, tables
 from fastconv.tuning.calls import CONVOLUTIONS
 from fastconv.tuning.candidates import ATEN, NATIVE
-from fastconv.tuning.sides import shared_bytes, shared_memory
+from fastconv.tuning.sides import product_splits, shared_bytes, shared_memory
 
 LAYERS = (*RECIPE_32, *RECIPE_224, *VGG16, *OTHERS)
 pytestmark = pytest.mark.usefixtures("cache")
@@ -281,3 +281,11 @@ print([name for name in sys.modules if name.startswith("fastconv.bench")])
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]", "nothing that could measure is even loaded"
+
+
+def test_a_product_is_split_only_where_slabs_cost_less_than_idle_processors() -> None:
+    assert product_splits(25, 64, 144, 132) == 1, "two waves of short programs: slabs would cost more than the second"
+    assert product_splits(10_000, 64, 132, 132) == 1, "one full wave"
+    assert product_splits(10_000, 64, 1, 132) == 132, "a tile alone"
+    assert product_splits(1, 64, 1, 132) == 1, "nothing to split"
+    assert 36 * product_splits(1568, 64, 36, 132) % 132 == 0, "whole waves"

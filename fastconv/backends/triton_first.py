@@ -74,7 +74,8 @@ def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy,
     others = cdiv(g.out_channels, blocks["BLOCK_N"]) * cdiv(g.taps * padded.shape[-1], blocks["BLOCK_C"])
     tiles_h, tiles_w = cdiv(g.out_height, blocks["BLOCK_H"]), cdiv(g.out_width, blocks["BLOCK_W"])
     all_tiles = g.batch * tiles_h * tiles_w
-    splits, split_tiles = tiles.split(all_tiles, 1, others, processors(grad.device))
+    tile = blocks["BLOCK_H"] * blocks["BLOCK_W"]
+    splits, split_tiles = tiles.split_product(all_tiles, tile, others, processors(grad.device))
     slabs = grad_weight if splits == 1 else float32((splits, g.out_channels * g.taps * g.in_channels), grad)
     launch(
         kernels().conv_first.conv_first_wgrad_kernel,

@@ -114,7 +114,8 @@ def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy,
     blocks = _blocks(plan, policy)
     columns = g.taps * g.group_in_channels
     others = _tiles(g, g.group_out_channels, blocks) * cdiv(blocks["PACK"] * columns, blocks["BLOCK_C"])
-    splits, split_pixels = tiles.split(g.out_pixels, blocks["BLOCK_P"], others, processors(grad.device))
+    pixel_blocks = cdiv(g.out_pixels, blocks["BLOCK_P"])
+    splits, split_blocks = tiles.split_product(pixel_blocks, blocks["BLOCK_P"], others, processors(grad.device))
     slabs = grad_weight if splits == 1 else float32((splits, g.out_channels * columns), grad)
     launch(
         kernels().conv_wgrad.conv_wgrad_kernel,
@@ -123,7 +124,7 @@ def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy,
         x_ptr=nhwc(x),
         slab_ptr=slabs,
         pixels=g.out_pixels,
-        split_pixels=split_pixels,
+        split_pixels=split_blocks * blocks["BLOCK_P"],
         **_conv_arguments(g),
         **blocks,
     )

@@ -229,7 +229,7 @@ def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy,
     box, block_n, block_c = _box(config), config["BLOCK_N"], config["BLOCK_C"]
     boxes_h, boxes_w, boxes = _boxes(g.batch, g.out_height, g.out_width, box)
     others = g.taps * cdiv(g.out_channels, block_n) * cdiv(g.in_channels, block_c)
-    splits, split_boxes = tiles.split(boxes, 1, others, processors(grad.device))
+    splits, split_boxes = tiles.split_product(boxes, math.prod(box), others, processors(grad.device))
     columns = g.taps * g.in_channels
     slabs = grad_weight if splits == 1 else float32((splits, g.out_channels * columns), grad)
     images, rows, columns_side = box

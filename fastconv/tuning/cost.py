@@ -18,7 +18,7 @@ from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
 from fastconv.tuning import depthwise, first, pointer, tma
 from fastconv.tuning.candidates import Candidate, capability
-from fastconv.tuning.sides import PROGRAMS_PER_PROCESSOR, cdiv, shared_memory
+from fastconv.tuning.sides import PROGRAMS_PER_PROCESSOR, cdiv, product_splits, shared_memory
 
 Config = dict[str, int]
 T = TypeVar("T")
@@ -326,9 +326,9 @@ def _program(rows: int, columns: int, step: int, config: Config, gathered: int =
 
 
 def _split_sum(call: _Call, tiles: int, program: _Program, steps: int, share: float, moved: float | None = None) -> float:
-    """A weight gradient: its pixels are split as triton_tiles.split does; slabs of several splits take a kernel more."""
+    """A weight gradient, its pixels split as its launcher splits them; slabs of several splits take a kernel more."""
     chip = call.chip
-    each = cdiv(steps, min(cdiv(PROGRAMS_PER_PROCESSOR * chip.processors, tiles), steps))
+    each = cdiv(steps, product_splits(steps, program.step, tiles, chip.processors))
     splits = cdiv(steps, each)
     computing = _busiest(call, tiles * splits, program, each * program.step, share)
     total = _LAUNCH + max(computing, (_moved(call) if moved is None else moved) / chip.memory)
