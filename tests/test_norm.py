@@ -61,9 +61,11 @@ MOMENTUM, EPS = 0.3, 1e-3
 def runs() -> Iterator[Any]:
     for case in CASES:
         for dtype in DTYPES:
-            for backend in ("triton", "aten"):
+            for backend in ("triton", "native", "aten"):
                 for layout in LAYOUTS if dtype == torch.float32 else LAYOUTS[:1]:
-                    yield pytest.param(case, dtype, backend, *layout.values, id=f"{case.name}-{ids(dtype)}-{backend}-{layout.id}")
+                    yield pytest.param(
+                        case, dtype, backend, *layout.values, id=f"{case.name}-{ids(dtype)}-{backend}-{layout.id}"
+                    )
         yield pytest.param(case, torch.float64, "auto", torch.channels_last, id=f"{case.name}-float64-auto")
 
 
@@ -126,31 +128,39 @@ def test_values_and_gradients(
 
     gradient = torch.randn_like(output)
     needed = [t for t in (x, w, b, residual) if t is not None]
-    names = [name for name, t in zip(("input", "weight", "bias", "residual"), (x, w, b, residual), strict=True) if t is not None]
+    names = [
+        name for name, t in zip(("input", "weight", "bias", "residual"), (x, w, b, residual), strict=True) if t is not None
+    ]
     got = torch.autograd.grad(output, needed, gradient, retain_graph=True)  # for what it saved
     want = torch.autograd.grad(held(case, output, plain), [t for t in exact if t is not None], gradient.double())
     slope = ((1 if w is None else double(w).abs()) / deviation).max().item()
     scales = {"input": slope * digits, "weight": digits * case.count**0.5, "bias": case.count**0.5, "residual": 1}
     for name, actual, oracle, operand in zip(names, got, want, needed, strict=True):
-        assert_close(actual, oracle, operand.dtype, 2 * case.count, f"grad of {name}", scale=scales[name])
+        assert actual.dtype == operand.dtype
+        # A gradient that overlapping windows share is rounded before it is summed.
+        rounded = dtype if case.pool.startswith("3x3") else operand.dtype
+        assert_close(actual.to(rounded), oracle, rounded, 2 * case.count, f"grad of {name}", scale=scales[name])
     assert got[0].is_contiguous(memory_format=layout)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("backend", ["triton", "aten"])
-@pytest.mark.parametrize("mean", [1e3, -3e4])
-def test_a_large_mean_costs_the_variance_no_digits(mean: float, backend: str, layout: torch.memory_format, device: str) -> None:
+@pytest.mark.parametrize("backend", ["triton", "native", "aten"])
+@pytest.mark.parametrize("mean", [1e3, -1e3])
+def test_a_large_mean_costs_the_variance_no_digits(
+    mean: float, backend: str, layout: torch.memory_format, device: str
+) -> None:
     """E[x²] − E[x]² in float32 would leave no digit of a variance of 1."""
-    x = (torch.randn(4, 8, 12, 11, device=device) + mean).to(memory_format=layout)
+    x = (torch.randn(4, 8, 40, 41, device=device) + mean).to(memory_format=layout)
     running_mean, running_var = torch.zeros(8, device=device), torch.zeros(8, device=device)
     with fastconv.use_backend(backend):
         output = FC.batch_norm_relu(x, running_mean, running_var, training=True, momentum=1.0)
-    assert_close(running_mean, x.double().mean((0, 2, 3)), torch.float32, 1, "mean")
-    assert_close(running_var, x.double().var((0, 2, 3)), torch.float32, 528, "variance")
-    # Against the mean as float32 holds it, half a unit of which is 2e-5 of the deviation at 1e3.
+    assert_close(running_mean, x.double().mean((0, 2, 3)), torch.float32, 1 if backend == "triton" else 6560, "mean")
+    assert_close(running_var, x.double().var((0, 2, 3)), torch.float32, 6560, "variance")
+    # Against the mean as float32 holds it, half a unit of which is 3e-5 of the deviation; torch on a CPU computes
+    # x · scale + shift, of two terms a thousand times the size.
     x, center = x.double(), running_mean.double().view(-1, 1, 1)
     expected = (x - center) / (x.var((0, 2, 3), correction=0, keepdim=True) + 1e-5).sqrt()
-    assert_close(output, expected.relu(), torch.float32, 528, "output")
+    assert_close(output, expected.relu(), torch.float32, 6560, "output", scale=1 if backend == "triton" else 1e3)
 
 
 def exact_values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -164,10 +174,10 @@ def exact_values(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 @pytest.mark.parametrize("odd", [False, True], ids=["finite", "nan_and_inf"])
 @pytest.mark.parametrize("pool", ["", *POOLS])
 @pytest.mark.parametrize("dtype", [torch.float64, *DTYPES], ids=ids)
-@pytest.mark.parametrize("backend", ["triton", "aten"])
+@pytest.mark.parametrize("backend", ["triton", "native", "aten"])
 def test_exact_in_evaluation(backend: str, dtype: torch.dtype, pool: str, odd: bool) -> None:
     """Values, winners and gradients to the bit on numbers that need no rounding: ties, NaN and infinities."""
-    if dtype == torch.float64 and backend == "triton":
+    if dtype == torch.float64 and backend != "aten":
         pytest.skip("float64 is served by aten")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, residual = exact_values((2, 5, 9, 8), dtype), exact_values((2, 5, 9, 8), dtype)
@@ -191,7 +201,7 @@ def test_exact_in_evaluation(backend: str, dtype: torch.dtype, pool: str, odd: b
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("pool", ["", "2x2"])
-@pytest.mark.parametrize("backend", ["triton", "aten"])
+@pytest.mark.parametrize("backend", ["triton", "native", "aten"])
 def test_a_channel_with_nan_is_nan_in_training(backend: str, pool: str, value: float) -> None:
     """As torch's: the channel's statistics, outputs and gradients, and nothing of its neighbours'."""
     x = torch.randn(2, 9, 6, 6).to(memory_format=torch.channels_last)
@@ -210,7 +220,7 @@ def test_a_channel_with_nan_is_nan_in_training(backend: str, pool: str, value: f
     assert torch.equal(got.isnan(), want.isnan())
 
 
-@pytest.mark.parametrize("backend", ["triton", "aten"])
+@pytest.mark.parametrize("backend", ["triton", "native", "aten"])
 def test_any_strides_and_the_same_twice(backend: str) -> None:
     base = torch.randn(3 * 9 * 8 * 6 + 1)
     views = [
@@ -225,8 +235,9 @@ def test_any_strides_and_the_same_twice(backend: str) -> None:
             w = torch.randn(2 * x.shape[1])[::2].requires_grad_()
             mean, var = torch.zeros(2, x.shape[1])[1], torch.ones(x.shape[1], 2)[:, 0]
             exact, exact_w = double(x).requires_grad_(), double(w).requires_grad_()
-            output = FC.batch_norm_relu_max_pool2d(x, mean, var, w, training=True, residual=view)
-            want = reference.batch_norm_relu_max_pool2d(exact, None, None, exact_w, training=True, residual=exact.detach())
+            pool = "" if 0 in view.stride() else "2x2"  # equal values may be rounded differently: no ties for the pool
+            output = call(FC, pool, x, mean, var, w, training=True, residual=view)
+            want = call(reference, pool, exact, None, None, exact_w, training=True, residual=exact.detach())
             assert_close(output, want, torch.float32, 200, scale=2)
             assert_close(var, 0.9 + 0.1 * double(x).var((0, 2, 3)), torch.float32, 200)
             gradient = torch.randn_like(output)
@@ -254,13 +265,13 @@ def test_an_empty_batch(training: bool, backend: str) -> None:
     assert torch.equal(var, before[1])
 
 
-def test_native_has_no_kernels_for_it_and_says_so() -> None:
+def test_on_a_cpu_native_serves_it() -> None:
     x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
-    with fastconv.use_backend("native"), pytest.raises(RuntimeError, match="it has no kernels for batch normalisation"):
-        FC.batch_norm_relu(x, None, None, training=True)
     fastconv.backends.chosen.clear()
     FC.batch_norm_relu(x, None, None, training=True)
-    assert fastconv.backends.chosen == {"aten"}
+    assert fastconv.backends.chosen == {"native"}
+    with fastconv.use_backend("native"), pytest.raises(RuntimeError, match=r"no kernels for torch\.float64"):
+        FC.batch_norm_relu(x.double(), None, None, training=True)
 
 
 NEEDS = {"input": (0,), "weight": (1,), "bias": (2,), "residual": (3,), "affine": (1, 2), "input_and_residual": (0, 3)}
@@ -268,7 +279,7 @@ NEEDS = {"input": (0,), "weight": (1,), "bias": (2,), "residual": (3,), "affine"
 
 @pytest.mark.parametrize("pool", ["", "2x2", "3x3_s2_p1"])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("backend", ["triton", "aten"])
+@pytest.mark.parametrize("backend", ["triton", "native", "aten"])
 @pytest.mark.parametrize("needs", NEEDS)
 def test_only_needed_gradients(needs: str, backend: str, training: bool, pool: str) -> None:
     x, residual = (torch.randn(2, 5, 6, 7).to(memory_format=torch.channels_last) for _ in range(2))
@@ -295,11 +306,16 @@ def test_only_needed_gradients(needs: str, backend: str, training: bool, pool: s
             assert_close(operand.grad, want[index].double(), torch.float32, 84, needs, scale=1)
 
 
+def statistics_like(w: Tensor) -> tuple[Tensor, Tensor]:
+    mean = torch.arange(w.shape[0], dtype=w.dtype) / 4 - 0.25
+    return mean, mean.abs() + 0.75
+
+
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "train": lambda F, x, w, b, r: F.batch_norm_relu(x, None, None, w, b, True, residual=r),
-    "eval": lambda F, x, w, b, r: F.batch_norm_relu(x, w.detach(), b.detach().abs() + 1, w, b, residual=r),
+    "eval": lambda F, x, w, b, r: F.batch_norm_relu(x, *statistics_like(w), w, b, residual=r),
     "train_2x2": lambda F, x, w, b, r: F.batch_norm_relu_max_pool2d(x, None, None, w, b, True, residual=r),
-    "eval_2x2": lambda F, x, w, b, r: F.batch_norm_relu_max_pool2d(x, w.detach(), b.detach().abs() + 1, w, b, residual=r),
+    "eval_2x2": lambda F, x, w, b, r: F.batch_norm_relu_max_pool2d(x, *statistics_like(w), w, b, residual=r),
     "train_3x3": lambda F, x, w, b, r: F.batch_norm_relu_max_pool2d(
         x, None, None, w, b, True, residual=r, pool_kernel_size=3, pool_stride=2, pool_padding=1
     ),

@@ -319,7 +319,13 @@ def batch_norm_relu_backward(
 
 
 def batch_norm_backward(
-    grad: Tensor, x: Tensor | None, statistics: Statistics, weight: Tensor | None, eps: float, training: bool, with_input: bool
+    grad: Tensor,
+    x: Tensor | None,
+    statistics: Statistics,
+    weight: Tensor | None,
+    eps: float,
+    training: bool,
+    with_input: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(x's gradient, sums) of the normalisation alone, as Launchers.batch_norm_relu_backward has them."""
     mean, var = (t.to(statistics_dtype(grad)) for t in statistics)
@@ -332,12 +338,11 @@ def batch_norm_backward(
     inverse = (var + eps).rsqrt()
     if x is None:
         return (grad * (weight * inverse).view(-1, 1, 1)).to(grad.dtype), None
-    layout = memory_format(x)
-    grad = grad.contiguous(memory_format=layout)  # torch's kernels take both in one layout
+    grad = grad.contiguous(memory_format=memory_format(x))  # torch's kernels take both in one layout
     grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
         grad, x, weight, mean, var, mean, inverse, training, eps, [with_input, True, True]
     )
-    if grad.device.type == "cpu" and grad.dtype.itemsize == 2 and layout != torch.channels_last:
+    if grad.device.type == "cpu" and grad.dtype.itemsize == 2 and grad.is_contiguous():
         grad_bias = grad.sum((0, 2, 3), dtype=mean.dtype)  # torch rounds an image's share to the gradient's dtype there
     return grad_x if with_input else None, torch.stack((grad_bias, grad_weight))
 
@@ -345,5 +350,8 @@ def batch_norm_backward(
 def batch_norm_update(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
 ) -> None:
-    for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-        running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
+    for running, batch, share in ((running_mean, mean, momentum), (running_var, var, momentum * count / (count - 1))):
+        if running.dtype == batch.dtype:
+            running.mul_(1 - momentum).add_(batch, alpha=share)
+        else:
+            running.copy_((1 - momentum) * running.to(batch.dtype) + share * batch)

@@ -23,7 +23,9 @@ def _combined(count, mean, squares):
     center = tl.sum(share * mean, axis=0)
     center += tl.sum(share * (mean - center[None, :]), axis=0)  # what rounding took from a mean far from 0
     deviation = mean - center[None, :]
-    return center, tl.sum(squares + count[:, None] * deviation * deviation, axis=0)
+    off = tl.sum(share * deviation, axis=0)  # what rounding left of the mean outside of `center`
+    total = tl.sum(squares + count[:, None] * deviation * deviation, axis=0)
+    return center, total - tl.sum(count, axis=0) * off * off
 
 
 @triton.jit
