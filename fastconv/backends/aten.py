@@ -289,7 +289,7 @@ def batch_norm(
     if count == 0:
         return torch.empty_like(x), (mean, var)
     # torch keeps no variance of the batch, but moves zeros by a momentum of 1 to it: the unbiased one.
-    operands = (None if t is None else t.to(dtype) for t in (weight, bias, mean, var))
+    operands = (None if t is None else t.to(dtype).contiguous() for t in (weight, bias, mean, var))
     output, _, _ = torch.ops.aten.native_batch_norm(x, *operands, statistics is None, 1.0, eps)
     if statistics is None:
         var *= (count - 1) / count
@@ -328,13 +328,13 @@ def batch_norm_backward(
     with_input: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
     """(x's gradient, sums) of the normalisation alone, as Launchers.batch_norm_relu_backward has them."""
-    mean, var = (t.to(statistics_dtype(grad)) for t in statistics)
+    mean, var = (t.to(statistics_dtype(grad)).contiguous() for t in statistics)
     if grad.numel() == 0:
         sums = torch.zeros((2, len(mean)), dtype=mean.dtype, device=mean.device)
         return torch.empty_like(grad) if with_input else None, None if x is None else sums
     if x is None and not with_input:
         return None, None
-    weight = torch.ones_like(var) if weight is None else weight.to(var.dtype)
+    weight = torch.ones_like(var) if weight is None else weight.to(var.dtype).contiguous()
     inverse = (var + eps).rsqrt()
     if x is None:
         return (grad * (weight * inverse).view(-1, 1, 1)).to(grad.dtype), None
