@@ -349,7 +349,7 @@ def batch_norm_pool_input_grad_kernel(
     grad = tl.load(grad_ptr + pooled, mask=pooled_mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
     code = tl.load(code_ptr + pooled, mask=pooled_mask, other=0).to(tl.int32)
     first = flatten(n, 2 * row, 2 * column, height, width)[:, None] * CHANNELS + channel[None, :]
-    for down in tl.static_range(2):
+    for down in tl.range(0, 2):  # not unrolled: the operands of four pixels at once would not fit in registers
         for right in tl.static_range(2):
             is_inside = is_window & (2 * row + down < height) & (2 * column + right < width)
             mask = is_inside[:, None] & is_channel[None, :]
