@@ -266,10 +266,13 @@ def test_an_empty_batch(training: bool, backend: str) -> None:
 
 
 def test_on_a_cpu_native_serves_it() -> None:
-    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
-    fastconv.backends.chosen.clear()
-    FC.batch_norm_relu(x, None, None, training=True)
-    assert fastconv.backends.chosen == {"native"}
+    """Contiguous maps stay with torch's own passes, unless a pool follows: aten would have to compute its codes."""
+    x = torch.randn(2, 8, 4, 4)
+    last = x.to(memory_format=torch.channels_last)
+    for pool, operand, served in (("", last, "native"), ("", x, "aten"), ("2x2", last, "native"), ("2x2", x, "native")):
+        fastconv.backends.chosen.clear()
+        call(FC, pool, operand, None, None, training=True)
+        assert fastconv.backends.chosen == {served}
     with fastconv.use_backend("native"), pytest.raises(RuntimeError, match=r"no kernels for torch\.float64"):
         FC.batch_norm_relu(x.double(), None, None, training=True)
 
