@@ -132,7 +132,7 @@ def test_backward(
         pytest.skip("neither loads nor stores depend on what is wanted")
     if not _small(shape) and dtype != torch.float32:
         pytest.skip("steps of a loop do not depend on the dtype")
-    if tiles == "tiles_of_a_gpu" and (not _small(shape) or dtype == torch.float16 or shape[0] == 1 and pooled):
+    if tiles == "tiles_of_a_gpu" and (not _small(shape) or dtype == torch.float16 or (shape[0] == 1 and pooled)):
         pytest.skip("many programs")
     pool = _pool(shape) if pooled else None
     x = _random(shape, dtype)
