@@ -6,8 +6,9 @@ the arithmetic of POLICIES. A launcher that is no convolution's is called in `_p
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -204,6 +205,25 @@ def _passes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[tu
     yield "global_avg_pool", lambda: triton.global_avg_pool2d(x)
     pooled = _map((*shape[:2], 1, 1), dtype)
     yield "global_avg_pool_backward", lambda: triton.global_avg_pool2d_backward(pooled, *shape[2:])
+    yield from _norms(x)
+
+
+def _norms(x: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Batch normalisation in training with a residual, and by running statistics without one; with and without a pool."""
+    mean, var, weight = (torch.empty(x.shape[1], device="meta") for _ in range(3))
+    pool = PoolGeometry.of("inspect", x.shape, (2, 2), (2, 2), (0, 0), (1, 1), False)
+    pooled, code = _map(pool.output_shape, x.dtype), _map(pool.output_shape, pool.code_dtype)
+    for training in (True, False):
+        name = "batch_norm" if training else "batch_norm by running statistics"
+        given, residual = (None, x) if training else ((mean, var), None)
+        forward = functools.partial(triton.batch_norm_relu, x, given, weight, weight, residual, 1e-5)
+        yield name, forward
+        yield f"{name} 2x2", functools.partial(triton.batch_norm_relu_max_pool2d, *forward.args, pool)
+        saved: tuple[Any, ...] = (x if training else None, (mean, var), weight, 1e-5, training)
+        yield f"{name} backward", functools.partial(triton.batch_norm_relu_backward, x, x, *saved, None, True, training)
+        pooled_backward = functools.partial(triton.batch_norm_relu_backward, pooled, code, *saved, pool, True, training)
+        yield f"{name} 2x2 backward", pooled_backward
+    yield "batch_norm update", lambda: triton.batch_norm_update(mean, var, mean, var, 64, 0.1)
 
 
 def _map(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
