@@ -8,7 +8,7 @@ import torch
 
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
-from fastconv.tuning.sides import cdiv, power_of_two, side
+from fastconv.tuning.sides import WGMMA_ROWS, cdiv, power_of_two, side, swap
 
 FAMILY = "first"
 
@@ -57,8 +57,8 @@ def candidates(direction: str, g: ConvGeometry, policy: Policy, capability: int 
             block_n = side(g.out_channels, largest_n)
             if (block_n, block_m, warps) not in seen:
                 seen.add((block_n, block_m, warps))
-                sides = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_K": block_k, "SWAP": int(block_n >= 64)}
-                yield {**sides, "NUM_STAGES": 3, "num_warps": warps}
+                sides = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_K": block_k}
+                yield {**sides, "SWAP": swap(block_n, policy, capability), "NUM_STAGES": 3, "num_warps": warps}
 
 
 def _weight_grad(g: ConvGeometry, policy: Policy, columns: int, capability: int | None) -> dict[str, int]:
@@ -68,11 +68,12 @@ def _weight_grad(g: ConvGeometry, policy: Policy, columns: int, capability: int 
         return {**sides, "SWAP": 1, "NUM_STAGES": 1}
     block_n = side(g.out_channels, 64)
     block_c = side(columns, 128 if policy.dtype.itemsize == 2 else 64)
-    if block_n < 64:
-        block_c = max(block_c, 64)
+    swapped = swap(block_n, policy, capability)
+    if not swapped:
+        block_c = max(block_c, WGMMA_ROWS)
     rows, cols = _pixel_tile(g, 128 // policy.dtype.itemsize)
     sides = {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_H": rows, "BLOCK_W": cols}
-    return {**sides, "SWAP": int(block_n >= 64), "NUM_STAGES": 3, "num_warps": 4}
+    return {**sides, "SWAP": swapped, "NUM_STAGES": 3, "num_warps": 4}
 
 
 def _pixel_tile(g: ConvGeometry, pixels: int) -> tuple[int, int]:
