@@ -10,7 +10,7 @@ from cases import ConvCase, ids
 from tolerances import assert_close
 from torch import Tensor
 
-from fastconv.backends import aten, triton, triton_tma
+from fastconv.backends import aten, triton, triton_conv, triton_tma
 from fastconv.backends.triton_launch import chip, recording
 from fastconv.geometry import ConvGeometry, PoolGeometry, pair
 from fastconv.precision import Policy
@@ -225,6 +225,17 @@ def test_input_grad_closed_by_the_layer_below(name: str, dtype: torch.dtype) -> 
         assert sums is None
 
 
+@pytest.fixture
+def _descriptors_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are descriptors they are chosen, however small the call."""
+
+    def plans(*call: Any) -> list[Candidate]:
+        return sorted(triton_candidates(*call), key=lambda plan: plan.kernel != triton_tma.FAMILY)
+
+    monkeypatch.setattr(triton_conv, "_plans", plans)
+
+
+@pytest.mark.usefixtures("_descriptors_first")
 def test_unaligned_storage_takes_the_pointer_kernels() -> None:
     case = next(c for c in CASES if c.name == "3x3")
     g = _conv(case)
@@ -242,6 +253,7 @@ def test_unaligned_storage_takes_the_pointer_kernels() -> None:
     assert_close(grad_weight.cpu(), _oracle(aten.conv2d_weight_grad, grad, x, g, POLICY), torch.float32, 128)
 
 
+@pytest.mark.usefixtures("_descriptors_first")
 def test_descriptors_that_fail_their_test_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     x, weight = _random((64, 32, 2, 2), torch.float32), _random((32, 32, 3, 3), torch.float32)
     g = ConvGeometry.of("conv", x.shape, weight.shape, None, (1, 1), (1, 1), (1, 1), 1)

@@ -212,7 +212,7 @@ def test_output_channels_may_be_rows_or_columns_of_the_product(name: str) -> Non
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize(("channels", "groups"), [(3, 1), (12, 3), (8, 8)], ids=["first", "grouped", "depthwise"])
 def test_epilogues_are_torchs(channels: int, groups: int, dtype: torch.dtype) -> None:
-    """A channel of each group goes through as it is: ties, NaN, infinities and windows of −inf, of all groups side by side."""
+    """A channel of each group goes through as it is: ties, NaN, infinities and windows of −inf."""
     x = torch.zeros((2, channels, 9, 8), dtype=dtype, device=DEVICE).to(memory_format=torch.channels_last)
     values = torch.randint(-4, 5, (2, groups, 9, 8), device=DEVICE).to(dtype)
     lot = torch.rand(values.shape, device=DEVICE)

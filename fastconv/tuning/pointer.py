@@ -118,7 +118,7 @@ def is_wide(channels: int, policy: Policy) -> bool:
 
 
 def shared_bytes(config: dict[str, int], policy: Policy) -> int:
-    """Shared memory of a program of the pointer kernels: the stages of both operands, or the transposed result after them."""
+    """Shared memory of a program: the stages of both operands, or the transposed result after them."""
     rows, columns = config["BLOCK_N"], config.get("BLOCK_M") or config["BLOCK_C"]
     depth = config.get("BLOCK_K") or config["BLOCK_P"]
     operands = config["NUM_STAGES"] * (rows + columns) * depth * policy.dtype.itemsize
