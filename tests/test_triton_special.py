@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,8 +17,9 @@ from cases import DTYPES, ConvCase, ids
 from tolerances import assert_close
 from torch import Tensor
 
-from fastconv.backends import aten, triton
-from fastconv.backends.triton_launch import chip
+from fastconv.backends import aten, triton, triton_inspect
+from fastconv.backends.triton_calls import Call, Recorded
+from fastconv.backends.triton_launch import chip, recording
 from fastconv.geometry import ConvGeometry, PoolGeometry, pair
 from fastconv.precision import Policy
 from fastconv.tuning import Candidate
@@ -284,3 +291,62 @@ def test_more_than_2_31_elements(groups: int) -> None:
     for plan in _plans("conv2d", "weight_grad", g, policy):
         grad_weight = triton.conv2d_weight_grad(grad, x, g, policy, plan)
         assert_close(grad_weight.cpu(), expected, dtype, g.out_pixels, str(plan))
+
+
+def test_maps_and_batches_of_every_size_share_binaries() -> None:
+    """At most two of a kernel with one configuration: where a weight gradient is not split, it needs no float32 slabs."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[1])
+    run = subprocess.run([sys.executable, __file__], capture_output=True, text=True, env=environment, timeout=300)
+    assert run.returncode == 0, run.stderr[-4000:]
+    binaries: dict[str, int] = json.loads(run.stdout)
+    ours = {name: count for name, count in binaries.items() if "max_pool" not in name}
+    assert len(ours) > 50
+    assert {name: count for name, count in ours.items() if count > (2 if "wgrad" in name else 1)} == {}
+
+
+def _count_binaries() -> dict[str, int]:
+    """How many binaries twenty sizes of a layer need on sm_90, by layer, configuration and kernel."""
+    found: defaultdict[str, set[str]] = defaultdict(set)
+    policy = Policy(torch.bfloat16)
+    layers = [(3, 64, 7, 2, 1), (128, 128, 3, 1, 32), (96, 96, 3, 1, 96), (96, 96, 5, 2, 96), (21, 35, 3, 1, 1)]
+    sizes = [(batch, side) for batch in (1, 2, 7, 32, 100) for side in (8, 15, 56, 113)]
+    for in_channels, out_channels, kernel, stride, groups in layers:
+        shape = (out_channels, in_channels // groups, kernel, kernel)
+        for batch, side in sizes:
+            x = (batch, in_channels, side, side)
+            g = ConvGeometry.of("conv", x, shape, None, (stride,) * 2, (kernel // 2,) * 2, (1, 1), groups)
+            for call, launch in _launches(g, policy):
+                job = triton_inspect.specialise(Recorded(Call(*call[:6], lambda: None), launch), 90)
+                found[f"{shape} {call} {launch.kernel.__name__}"].add(job.key + repr(job.attributes))
+    return {name: len(keys) for name, keys in found.items()}
+
+
+def _launches(g: ConvGeometry, policy: Policy) -> list[Any]:
+    """(call, launch) of every plan without descriptors."""
+    x, weight, grad = (
+        torch.empty(shape, dtype=policy.dtype, device="meta", memory_format=torch.channels_last)
+        for shape in (g.input_shape, g.weight_shape, g.output_shape)
+    )
+    launchers = {
+        ("conv2d", "forward"): lambda plan: triton.conv2d(x, weight, None, None, g, policy, True, plan),
+        ("conv2d_relu_max_pool2d", "forward"): lambda plan: triton.conv2d_relu_max_pool2d(
+            x, weight, None, g, _pool(g), policy, plan
+        ),
+        ("conv2d", "input_grad"): lambda plan: triton.conv2d_input_grad(grad, weight, g, policy, plan),
+        ("conv2d", "weight_grad"): lambda plan: triton.conv2d_weight_grad(grad, x, g, policy, plan),
+    }
+    found = []
+    with recording(90) as launches:
+        for (op, direction), launcher in launchers.items():
+            for plan in triton_candidates(op, direction, g, policy, "sm_90"):
+                if plan.kernel != "tma":
+                    launches.clear()
+                    launcher(plan)
+                    call = (op, "bfloat16", direction, plan.kernel, g.groups, g.group_in_channels, str(plan))
+                    found += [(call, launch) for launch in launches]
+    return found
+
+
+if __name__ == "__main__":
+    print(json.dumps(_count_binaries()))

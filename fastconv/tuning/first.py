@@ -79,11 +79,11 @@ def _weight_grad(g: ConvGeometry, policy: Policy, columns: int, capability: int 
 
 
 def _pixel_tile(g: ConvGeometry, pixels: int) -> tuple[int, int]:
-    """(rows, columns) of a tile of `pixels` that covers a map with the least waste; of equals the widest."""
+    """(rows, columns) of a tile of `pixels`, at least 16, that covers a map with the least waste; of equals the widest."""
 
     def covered(rows: int) -> int:
         columns = pixels // rows
         return cdiv(g.out_height, rows) * rows * cdiv(g.out_width, columns) * columns
 
-    rows = min((1 << bit for bit in range(pixels.bit_length())), key=covered)
+    rows = min((1, 2, 4, 8), key=covered)  # few, as each is a binary of its own
     return rows, pixels // rows
