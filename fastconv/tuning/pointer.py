@@ -6,11 +6,19 @@ import torch
 
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
-from fastconv.tuning.sides import WGMMA_ROWS, cdiv, divisor_side, side, swap
+from fastconv.tuning.sides import (
+    INTERPRETED_PROGRAMS,
+    VECTOR_BYTES,
+    WGMMA_ROWS,
+    cdiv,
+    divisor_side,
+    has_tensor_cores,
+    side,
+    swap,
+)
 
 FAMILY = "pointer"
 
-_INTERPRETED_PROGRAMS = 2
 _MANY_PIXELS = 4096
 # Bytes of shared memory that one program may have, by compute capability (CUDA programming guide, technical specifications).
 _SHARED_MEMORY = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
@@ -43,7 +51,7 @@ def _product(reduction: int, outputs: int, pixels: int, policy: Policy, capabili
     if capability is None:
         sides = {"BLOCK_N": side(outputs, 128), "BLOCK_M": side(pixels, 512), "BLOCK_K": side(reduction, 128)}
         return [{**sides, "SWAP": 1, "NUM_STAGES": 1}]
-    if policy.dtype == torch.float32 and not policy.tf32:
+    if not has_tensor_cores(policy):
         # No tensor cores: operands travel through registers, which leaves room for 32 accumulators a thread.
         shapes = [(64, 64, 16, 3, 4), (32, 64, 16, 3, 4), (64, 128, 16, 3, 8)]
     else:
@@ -73,7 +81,7 @@ def _weight_grad(g: ConvGeometry, policy: Policy, capability: int | None) -> lis
         sides = {
             "BLOCK_N": side(g.group_out_channels, 128),
             "BLOCK_C": divisor_side(g.group_in_channels, 128) or side(columns, 128),
-            "BLOCK_P": side(cdiv(g.out_pixels, _INTERPRETED_PROGRAMS), 512),
+            "BLOCK_P": side(cdiv(g.out_pixels, INTERPRETED_PROGRAMS), 512),
         }
         return [{**sides, "SWAP": 1, "NUM_STAGES": 1}]
     largest = 64 if policy.dtype == torch.float32 else 128
@@ -114,7 +122,7 @@ def _valid(configs: list[dict[str, int]], policy: Policy, capability: int, pixel
 
 def is_wide(channels: int, policy: Policy) -> bool:
     """Whether rows of channels are whole multiples of the 16 bytes that one load takes; else it takes single elements."""
-    return channels * policy.dtype.itemsize % 16 == 0
+    return channels * policy.dtype.itemsize % VECTOR_BYTES == 0
 
 
 def shared_bytes(config: dict[str, int], policy: Policy) -> int:

@@ -8,6 +8,10 @@ from fastconv.precision import Policy
 
 # Programs that a split reduction makes for each processor: enough that one more or less evens out.
 PROGRAMS_PER_PROCESSOR = 4
+INTERPRETED_PROGRAMS = 2
+
+# What one load of a thread takes.
+VECTOR_BYTES = 16
 
 # That sm_90's tensor cores multiply at a time; tiles of fewer run on those of sm_80, at half the rate.
 WGMMA_ROWS = 64
@@ -33,7 +37,10 @@ def divisor_side(size: int, largest: int) -> int | None:
     return largest_divisor if largest_divisor >= 32 else None
 
 
+def has_tensor_cores(policy: Policy) -> bool:
+    return policy.tf32 or policy.dtype != torch.float32
+
+
 def swap(block_n: int, policy: Policy, capability: int | None) -> int:
     """SWAP of a tile: 1, output channels are the product's rows; 0, its columns, where they are too few for sm_90."""
-    has_tensor_cores = policy.tf32 or policy.dtype != torch.float32
-    return int(not has_tensor_cores or capability is None or capability < 90 or block_n >= WGMMA_ROWS)
+    return int(not has_tensor_cores(policy) or capability is None or capability < 90 or block_n >= WGMMA_ROWS)
