@@ -91,7 +91,10 @@ OTHERS = (
     Layer(128, 128, 28, residual=True),
     Layer(128, 128, 28, groups=4),
     Layer(256, 256, 14, groups=32),
+    Layer(128, 128, 56, groups=32),
     Layer(96, 96, 28, groups=96),
+    Layer(96, 96, 28, kernel=5, stride=2, groups=96),
+    Layer(3, 32, 224, pool=True, stride=2),
     Layer(21, 35, 9, pool=True),
     Layer(16, 24, 28),
 )

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from fastconv.tuning.sides import PROGRAMS_PER_PROCESSOR, cdiv, power_of_two, product_splits, side
-
-_INTERPRETED_PROGRAMS = 2
+from fastconv.tuning.sides import INTERPRETED_PROGRAMS, PROGRAMS_PER_PROCESSOR, cdiv, power_of_two, product_splits, side
 
 # The update of running statistics.
 UPDATE = {"BLOCK_C": 128}
@@ -46,13 +44,13 @@ def split(pixels: int, block: int, others: int, processors: int | None) -> tuple
     Args:
         processors: of the device; None under the interpreter.
     """
-    wanted = _INTERPRETED_PROGRAMS if processors is None else cdiv(PROGRAMS_PER_PROCESSOR * processors, others)
+    wanted = INTERPRETED_PROGRAMS if processors is None else cdiv(PROGRAMS_PER_PROCESSOR * processors, others)
     each = cdiv(cdiv(pixels, wanted), block) * block
     return cdiv(pixels, each), each
 
 
 def split_product(blocks: int, block: int, others: int, processors: int | None) -> tuple[int, int]:
     """(programs, blocks of each) of a weight gradient: a product of matrices, summed over `blocks` × `block` pixels."""
-    wanted = _INTERPRETED_PROGRAMS if processors is None else product_splits(blocks, block, others, processors)
+    wanted = INTERPRETED_PROGRAMS if processors is None else product_splits(blocks, block, others, processors)
     each = cdiv(blocks, wanted)
     return cdiv(blocks, each), each

@@ -116,7 +116,7 @@ def conv_dgrad_kernel(
         tl.static_assert(PACK_OUT <= BLOCK_K and PACK_IN <= BLOCK_N)
         group = channel // GROUP_IN
         out_group = pack * PACK + out_channel // GROUP_OUT
-        is_out_channel = (out_channel < PACK_OUT) & (out_group < GROUPS)
+        is_out_channel = (out_channel < PACK_OUT) & (pack * PACK_OUT + out_channel < OUT_CHANNELS)
         weight_ptrs = weight_ptr + weight_row + (index % GROUP_IN)[None, :]
         weight_mask = is_out_channel[:, None] & (out_group[:, None] == group[None, :]) & is_channel[None, :]
         acc = _sum_taps(

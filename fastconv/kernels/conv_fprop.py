@@ -104,7 +104,7 @@ def _products(
         tl.static_assert(PACK_IN <= BLOCK_K and PACK * GROUP_OUT <= BLOCK_N)
         group = pack * PACK + channel // GROUP_IN
         out_group = out_channel // GROUP_OUT
-        is_in_channel = (channel < PACK_IN) & (group < GROUPS)
+        is_in_channel = (channel < PACK_IN) & (pack * PACK_IN + channel < CHANNELS)
         weight_ptrs = weight_ptr + weight_row + (channel % GROUP_IN)[None, :]
         weight_mask = is_channel[:, None] & (out_group[:, None] == group[None, :]) & is_in_channel[None, :]
         acc = _sum_taps(

@@ -43,9 +43,8 @@ def depthwise_kernel(
         row = tap_row * DILATION_H
         is_row = inside(top + row, height)
         for tap_column in tl.static_range(KW):
-            column: tl.constexpr = tap_column * DILATION_W
-            x_mask = (is_row & inside(left + column, width))[:, None] & is_channel[None, :]
-            x_offset = tl.cast(row * width + column, tl.int64) * CHANNELS
+            x_mask = (is_row & inside(left + tap_column * DILATION_W, width))[:, None] & is_channel[None, :]
+            x_offset = tl.cast(row * width + tap_column * DILATION_W, tl.int64) * CHANNELS
             x = tl.load(x_ptrs + x_offset, mask=x_mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
             tap = tap_row * KW + tap_column
             if FLIP:
@@ -78,13 +77,13 @@ def depthwise_rows_kernel(
     acc_1 = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     acc_2 = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     acc_3 = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    # A column of the window lies a row of taps apart; with FLIP it is read from the last tap back.
+    TAPS_APART: tl.constexpr = -3 * CHANNELS if FLIP else 3 * CHANNELS
     for column in tl.static_range(3):
-        # One column of the window; with FLIP it is read from the last tap back.
         weight_ptrs = weight_ptr + (8 - column if FLIP else column) * CHANNELS + channel
-        STEP: tl.constexpr = -3 * CHANNELS if FLIP else 3 * CHANNELS
         weight_0 = tl.load(weight_ptrs, mask=is_channel, other=0.0).to(tl.float32)[None, :]
-        weight_1 = tl.load(weight_ptrs + STEP, mask=is_channel, other=0.0).to(tl.float32)[None, :]
-        weight_2 = tl.load(weight_ptrs + 2 * STEP, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+        weight_1 = tl.load(weight_ptrs + TAPS_APART, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+        weight_2 = tl.load(weight_ptrs + 2 * TAPS_APART, mask=is_channel, other=0.0).to(tl.float32)[None, :]
         is_column = inside(left + column, width)
         for row in tl.static_range(6):
             x_mask = (is_column & inside(top + row, height))[:, None] & is_channel[None, :]
@@ -176,9 +175,10 @@ def depthwise_wgrad_kernel(
         is_x = is_pixel & inside(top, height) & inside(left, width)
         grad_ptrs = grad_ptr + pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
         x_ptrs = x_ptr + flatten(n, top, left, height, width)[:, None] * CHANNELS + channel[None, :]
-        mask = is_x[:, None] & is_channel[None, :]
-        grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
-        acc += grad * tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        # Where x is padding the gradient is still read: 0 times its NaN is NaN.
+        grad_mask = is_pixel[:, None] & is_channel[None, :]
+        grad = tl.load(grad_ptrs, mask=grad_mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
+        acc += grad * tl.load(x_ptrs, mask=is_x[:, None] & is_channel[None, :], other=0.0).to(tl.float32)
         n, row, column = advance(n, row, column, step_n, step_row, step_column, out_height, out_width)
     slab_ptrs = slab_ptr + (split.to(tl.int64) * CHANNELS + channel) * (KH * KW) + tap
     tl.store(slab_ptrs, tl.sum(acc, axis=0), mask=is_channel)
@@ -218,8 +218,8 @@ def depthwise_wgrad_3x3_kernel(
         x_pixel = flatten(n, row * STRIDE_H - PAD_H, left, height, width)
         x_ptrs = x_ptr + x_pixel[:, None] * CHANNELS + channel[None, :]
         for tap in tl.static_range(9):
-            tap_row: tl.constexpr = tap // 3 * DILATION_H
-            tap_column: tl.constexpr = tap % 3 * DILATION_W
+            tap_row = tap // 3 * DILATION_H
+            tap_column = tap % 3 * DILATION_W
             x_mask = (inside(top + tap_row, height) & inside(left + tap_column, width))[:, None] & is_channel[None, :]
             x_offset = tl.cast(tap_row * width + tap_column, tl.int64) * CHANNELS
             product = grad * tl.load(x_ptrs + x_offset, mask=x_mask, other=0.0).to(tl.float32)

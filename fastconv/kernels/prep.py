@@ -87,7 +87,8 @@ def unpool_kernel(
         tl.store(partial_ptrs, tl.sum(acc, axis=0), mask=is_channel)
 
 
-@triton.jit
+# As many rows as there are splits, which follow the size of a map: one binary sums them all.
+@triton.jit(do_not_specialize=["num_rows"])
 def sum_rows_kernel(
     rows_ptr, sum_ptr, num_rows, num_columns,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
-from fastconv.tuning.sides import cdiv, power_of_two
+from fastconv.tuning.sides import VECTOR_BYTES, cdiv, power_of_two
 
 FAMILY = "depthwise"
 
-_TILE_BYTES = 128 * 16
+_TILE_BYTES = 128 * VECTOR_BYTES
 _LARGEST_CHANNELS = 64
 ROWS = 4  # of outputs in a program of the kernel for 3×3 windows of stride 1
 
@@ -41,4 +41,4 @@ def candidates(direction: str, g: ConvGeometry, policy: Policy, capability: int 
 def _warps(elements: int, policy: Policy, capability: int | None) -> dict[str, int]:
     if capability is None:
         return {}
-    return {"num_warps": max(1, min(4, elements * policy.dtype.itemsize // (32 * 16)))}
+    return {"num_warps": max(1, min(4, elements * policy.dtype.itemsize // (32 * VECTOR_BYTES)))}

@@ -4,27 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
-from fastconv.tuning.sides import cdiv, power_of_two, side
+from fastconv.tuning.sides import INTERPRETED_PROGRAMS, VECTOR_BYTES, cdiv, has_tensor_cores, power_of_two, side, swap
 
 FAMILY = "pointer"
 
 _WIDTHS = (16, 32, 64)  # channels of a tile
-_VECTOR_BYTES = 16
-_INTERPRETED_PROGRAMS = 2
+_MOST_GROUPS = 16  # of a tile: of n groups' products one n-th counts
 
 
 def candidates(direction: str, g: ConvGeometry, policy: Policy, capability: int | None) -> Iterator[dict[str, int]]:
-    """Configurations for groups of fewer than 64 channels, the likely best first.
+    """Configurations for groups of 2 to 63 channels, the likely best first; a single channel's have kernels of their own.
 
     Args:
         capability: of the chip; None under the interpreter, for which tiles are as large as the call.
     """
     widest = max(g.group_in_channels, g.group_out_channels)
-    if g.groups == 1 or widest >= _WIDTHS[-1]:
+    if g.groups == 1 or widest == 1 or widest >= _WIDTHS[-1]:
         return
     for pack in _packs(g, widest, policy.dtype.itemsize):
         if direction == "weight_grad":
@@ -38,11 +35,11 @@ def candidates(direction: str, g: ConvGeometry, policy: Policy, capability: int 
 
 def _packs(g: ConvGeometry, widest: int, itemsize: int) -> list[int]:
     """Groups to a tile. Few multiply few zeros; but a tile should begin at a whole vector of 16 bytes."""
-    most = power_of_two(g.groups)
+    most = min(power_of_two(g.groups), _MOST_GROUPS)
     packs = dict.fromkeys(min(most, power_of_two(width // widest + 1) // 2) for width in _WIDTHS if width >= widest)
 
     def is_unaligned(pack: int) -> bool:
-        return any(pack * channels * itemsize % _VECTOR_BYTES for channels in (g.group_in_channels, g.group_out_channels))
+        return any(pack * channels * itemsize % VECTOR_BYTES for channels in (g.group_in_channels, g.group_out_channels))
 
     return sorted(packs, key=is_unaligned)
 
@@ -51,16 +48,18 @@ def _product(pack: int, reduction: int, outputs: int, pixels: int, policy: Polic
     sides = {"PACK": pack, "BLOCK_N": side(pack * outputs, 64), "BLOCK_K": side(pack * reduction, 64)}
     if capability is None:
         return {**sides, "SWAP": 0, "BLOCK_M": side(pixels, 512), "NUM_STAGES": 1}
-    if policy.dtype == torch.float32 and not policy.tf32:
-        return {**sides, "SWAP": 0, "BLOCK_M": 64, "NUM_STAGES": 3, "num_warps": 4}
-    return {**sides, "SWAP": int(sides["BLOCK_N"] == 64), "BLOCK_M": 128, "NUM_STAGES": 4, "num_warps": 4}
+    if not has_tensor_cores(policy):
+        return {**sides, "SWAP": 1, "BLOCK_M": 64, "NUM_STAGES": 3, "num_warps": 4}
+    swapped = swap(sides["BLOCK_N"], policy, capability)
+    warps = 8 if sides["BLOCK_N"] == 64 else 4  # registers for the weights' addresses, one for each element
+    return {**sides, "SWAP": swapped, "BLOCK_M": 128, "NUM_STAGES": 4, "num_warps": warps}
 
 
 def _weight_grad(g: ConvGeometry, policy: Policy, pack: int, capability: int | None) -> dict[str, int]:
     block_n = side(pack * g.group_out_channels, 64)
     if capability is None:
-        pixels = side(cdiv(g.out_pixels, _INTERPRETED_PROGRAMS), 512)
+        pixels = side(cdiv(g.out_pixels, INTERPRETED_PROGRAMS), 512)
         sides = {"BLOCK_N": block_n, "BLOCK_C": side(g.taps * pack * g.group_in_channels, 512), "BLOCK_P": pixels}
         return {"PACK": pack, "SWAP": 1, **sides, "NUM_STAGES": 1}
     sides = {"BLOCK_N": block_n, "BLOCK_C": 64, "BLOCK_P": 128 // policy.dtype.itemsize}
-    return {"PACK": pack, "SWAP": int(block_n == 64), **sides, "NUM_STAGES": 3, "num_warps": 4}
+    return {"PACK": pack, "SWAP": swap(block_n, policy, capability), **sides, "NUM_STAGES": 3, "num_warps": 4}

@@ -6,11 +6,19 @@ import torch
 
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
-from fastconv.tuning.sides import cdiv, divisor_side, side
+from fastconv.tuning.sides import (
+    INTERPRETED_PROGRAMS,
+    VECTOR_BYTES,
+    WGMMA_ROWS,
+    cdiv,
+    divisor_side,
+    has_tensor_cores,
+    side,
+    swap,
+)
 
 FAMILY = "pointer"
 
-_INTERPRETED_PROGRAMS = 2
 _MANY_PIXELS = 4096
 
 
@@ -40,8 +48,8 @@ def _product(reduction: int, outputs: int, pixels: int, policy: Policy, capabili
     """Forward and input gradient: `outputs` channels × `pixels`, summed over taps × `reduction` channels."""
     if capability is None:
         sides = {"BLOCK_N": side(outputs, 128), "BLOCK_M": side(pixels, 512), "BLOCK_K": side(reduction, 128)}
-        return [{**sides, "NUM_STAGES": 1}]
-    if policy.dtype == torch.float32 and not policy.tf32:
+        return [{**sides, "SWAP": 1, "NUM_STAGES": 1}]
+    if not has_tensor_cores(policy):
         # No tensor cores: operands travel through registers, which leaves room for 32 accumulators a thread.
         shapes = [(64, 64, 16, 3, 4), (32, 64, 16, 3, 4), (64, 128, 16, 3, 8)]
     else:
@@ -57,7 +65,8 @@ def _product(reduction: int, outputs: int, pixels: int, policy: Policy, capabili
     configs = []
     for block_n, block_m, block_k, stages, warps in shapes:
         block_n = side(outputs, block_n)
-        config = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_K": block_k, "NUM_STAGES": stages}
+        sides = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_K": block_k}
+        config = {**sides, "SWAP": swap(block_n, policy, capability), "NUM_STAGES": stages}
         config["num_warps"] = warps or _warps(block_n * block_m * (1 if is_wide(reduction, policy) else 2))
         configs.append(config)
     return _valid(configs, pixels)
@@ -70,9 +79,9 @@ def _weight_grad(g: ConvGeometry, policy: Policy, capability: int | None) -> lis
         sides = {
             "BLOCK_N": side(g.group_out_channels, 128),
             "BLOCK_C": divisor_side(g.group_in_channels, 128) or side(columns, 128),
-            "BLOCK_P": side(cdiv(g.out_pixels, _INTERPRETED_PROGRAMS), 512),
+            "BLOCK_P": side(cdiv(g.out_pixels, INTERPRETED_PROGRAMS), 512),
         }
-        return [{**sides, "NUM_STAGES": 1}]
+        return [{**sides, "SWAP": 1, "NUM_STAGES": 1}]
     largest = 64 if policy.dtype == torch.float32 else 128
     block_p = 128 // policy.dtype.itemsize
     configs = []
@@ -85,12 +94,15 @@ def _weight_grad(g: ConvGeometry, policy: Policy, capability: int | None) -> lis
         (largest, largest, 4),
     ):
         block_n = side(g.group_out_channels, most_n)
+        swapped = swap(block_n, policy, capability)
         block_c = divisor_side(g.group_in_channels, most_c)
         # A tile of several taps computes an address for each element, which takes registers.
         warps = 8 if block_c is None else _warps(block_n * block_c)
         block_c = block_c or side(columns, 64)
-        config = {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_P": block_p, "NUM_STAGES": stages, "num_warps": warps}
-        configs.append(config)
+        if not swapped:
+            block_c = max(block_c, WGMMA_ROWS)
+        sides = {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_P": block_p}
+        configs.append({**sides, "SWAP": swapped, "NUM_STAGES": stages, "num_warps": warps})
     return _valid(configs, None)
 
 
@@ -106,7 +118,7 @@ def _valid(configs: list[dict[str, int]], pixels: int | None) -> list[dict[str, 
 
 def is_wide(channels: int, policy: Policy) -> bool:
     """Whether rows of channels are whole multiples of the 16 bytes that one load takes; else it takes single elements."""
-    return channels * policy.dtype.itemsize % 16 == 0
+    return channels * policy.dtype.itemsize % VECTOR_BYTES == 0
 
 
 def _warps(elements: int) -> int:

@@ -4,8 +4,19 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
+
+from fastconv.precision import Policy
+
 # Programs that a split reduction makes for each processor: enough that one more or less evens out.
 PROGRAMS_PER_PROCESSOR = 4
+INTERPRETED_PROGRAMS = 2
+
+# What one load of a thread takes.
+VECTOR_BYTES = 16
+
+# That sm_90's tensor cores multiply at a time; tiles of fewer run on those of sm_80, at half the rate.
+WGMMA_ROWS = 64
 
 # What the parts of a split product cost, in pixels of its depth; by an H100's measured 600 TFLOP/s and 3.0 TB/s over its 132
 # processors, a pixel of a 128 × 128 tile is 7 ns. A slab in float32 is written and read again: 8 bytes an element at 23 GB/s
@@ -34,6 +45,15 @@ def divisor_side(size: int, largest: int) -> int | None:
     """The largest side that divides `size`, which makes masks unnecessary; None where that would be a narrow tile."""
     largest_divisor = min(size & -size, largest)
     return largest_divisor if largest_divisor >= 32 else None
+
+
+def has_tensor_cores(policy: Policy) -> bool:
+    return policy.tf32 or policy.dtype != torch.float32
+
+
+def swap(block_n: int, policy: Policy, capability: int | None) -> int:
+    """SWAP of a tile: 1, output channels are the product's rows; 0, its columns, where they are too few for sm_90."""
+    return int(not has_tensor_cores(policy) or capability is None or capability < 90 or block_n >= WGMMA_ROWS)
 
 
 @lru_cache(4096)
