@@ -77,7 +77,7 @@ def _disassemble(code: bytes, capability: int) -> list[str]:
     with tempfile.NamedTemporaryFile(suffix=".bin") as file:
         file.write(code)
         file.flush()
-        command = [_tool("nvdisasm"), "-b", _ASSEMBLY[capability], file.name]
+        command: list[str | Path] = [_tool("nvdisasm"), "-b", _ASSEMBLY[capability], file.name]
         printed = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
     lines = [line for line in printed.splitlines() if re.match(r"\s*/\*[0-9a-f]{4,}\*/", line)]
     assert len(lines) * _INSTRUCTION == len(code), "not every instruction was disassembled"

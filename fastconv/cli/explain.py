@@ -20,6 +20,17 @@ from fastconv.models.layers import LAYERS
 _MODELS = ("recipe", "vgg11", "vgg13", "vgg16", "vgg19")
 _DTYPES = ("bfloat16", "float16", "float32")
 _CHIP = "sm_90"
+_NOTES = """\
+Written by `make docs` (`fastconv explain --traffic`); Triton {triton}, torch {torch}. No GPU ran: bytes are summed from the
+shapes of tensors, and nothing here is a time. A step is forward and backward, without an optimizer; parameters and images
+are {dtype}, images {image}, ReLUs in place, kernels those that tuning takes first on {chip}.
+
+A launch of a Triton kernel moves the tensors that it is passed, an operator of torch its inputs and outputs, each once;
+what is changed in place is read and written. The second figure counts every tile's own reading of its operands, most of
+which caches serve. What cuDNN moves inside of one operator (a bias, partial sums, a second reading of a gradient) is not
+seen, while fastconv's own partial sums of weight gradients and second readings are: they weigh at small batches, as the
+weights themselves do. Saved for backward: distinct storages, parameters excluded.
+"""
 _BATCHES = (1, 8, 16, 32, 64, 128, 256)  # of the page
 
 
@@ -110,16 +121,15 @@ def _table(title: str, step: traffic.Step) -> str:
 def _page(
     counted: dict[str, dict[str, traffic.Step]], shape: tuple[int, ...], dtype: torch.dtype, chip: str
 ) -> Iterator[str]:
-    name = str(dtype).removeprefix("torch.")
     yield "# Bytes of a training step"
     yield ""
-    yield f"Written by `make docs` (`fastconv explain --traffic`); Triton {version('triton')}, torch {torch.__version__}. No GPU ran:"
-    yield "bytes are summed from the shapes of tensors, and nothing here is a time. A launch of a Triton kernel moves the tensors"
-    yield "that it is passed, an operator of torch its inputs and outputs, each once; in place counts as read and written. The"
-    yield "second figure counts every tile's own reading of its operands, most of which caches serve. What cuDNN moves inside of"
-    yield "one operator (a bias, partial sums, a second reading of a gradient) is not seen, while fastconv's own partial sums of"
-    yield "weight gradients and second readings are. ReLUs are in place. Saved: distinct storages held for backward, parameters"
-    yield f"excluded. Forward and backward without the optimizer, {name} parameters, images {'×'.join(map(str, shape[1:]))}, as on {chip}."
+    yield from _NOTES.format(
+        triton=version("triton"),
+        torch=torch.__version__,
+        dtype=str(dtype).removeprefix("torch."),
+        image="×".join(map(str, shape[1:])),
+        chip=chip,
+    ).splitlines()
     yield ""
     yield "| fastconv / torch, batch | " + " | ".join(map(str, _BATCHES)) + " |"
     yield "|---|" + "---:|" * len(_BATCHES)

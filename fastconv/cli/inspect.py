@@ -114,7 +114,7 @@ def markdown(records: Sequence[dict[str, Any]], triton_version: str) -> str:
     lines = [
         "# What the Triton kernels compile to",
         "",
-        f"Written by `make docs` (`fastconv inspect`); Triton {triton_version}. No GPU was there, and nothing here is a time.",
+        f"Written by `make docs` (`fastconv inspect`); Triton {triton_version}. No GPU was there; nothing here is a time.",
         "Of seven layers every candidate that `fastconv.tuning` lists is compiled, but each form (tile, operands, switches)",
         "once; of the others, which differ in sizes, the candidate that tuning takes first on that chip. Which layers they",
         "are stands in `fastconv/backends/triton_calls.py`.",
