@@ -175,9 +175,10 @@ def depthwise_wgrad_kernel(
         is_x = is_pixel & inside(top, height) & inside(left, width)
         grad_ptrs = grad_ptr + pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
         x_ptrs = x_ptr + flatten(n, top, left, height, width)[:, None] * CHANNELS + channel[None, :]
-        mask = is_x[:, None] & is_channel[None, :]
-        grad = tl.load(grad_ptrs, mask=mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
-        acc += grad * tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+        # Where x is padding the gradient is still read: 0 times its NaN is NaN.
+        grad_mask = is_pixel[:, None] & is_channel[None, :]
+        grad = tl.load(grad_ptrs, mask=grad_mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
+        acc += grad * tl.load(x_ptrs, mask=is_x[:, None] & is_channel[None, :], other=0.0).to(tl.float32)
         n, row, column = advance(n, row, column, step_n, step_row, step_column, out_height, out_width)
     slab_ptrs = slab_ptr + (split.to(tl.int64) * CHANNELS + channel) * (KH * KW) + tap
     tl.store(slab_ptrs, tl.sum(acc, axis=0), mask=is_channel)

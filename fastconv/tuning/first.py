@@ -50,6 +50,8 @@ def candidates(direction: str, g: ConvGeometry, policy: Policy, capability: int 
         yield {**sides, "SWAP": 1, "NUM_STAGES": 3, "num_warps": 4}
     else:
         tiles = _TILES if policy.dtype.itemsize == 2 else ((64, 128, 4), (64, 64, 4))
+        if capability < 90:  # whose operands take registers as well as the sums
+            tiles = tuple((n, m, warps) for n, m, warps in tiles if n * m <= 2048 * warps)
         # A run is filled up with zeros to whole blocks; and a step costs about as much as 16 more elements would.
         block_k = min((64, 32, 16), key=lambda block: cdiv(run, block) * (block + 16))
         seen = set()

@@ -19,13 +19,13 @@ _INTERPRETED_PROGRAMS = 2
 
 
 def candidates(direction: str, g: ConvGeometry, policy: Policy, capability: int | None) -> Iterator[dict[str, int]]:
-    """Configurations for groups of fewer than 64 channels, the likely best first.
+    """Configurations for groups of 2 to 63 channels, the likely best first; a single channel's have kernels of their own.
 
     Args:
         capability: of the chip; None under the interpreter, for which tiles are as large as the call.
     """
     widest = max(g.group_in_channels, g.group_out_channels)
-    if g.groups == 1 or widest >= _WIDTHS[-1]:
+    if g.groups == 1 or widest == 1 or widest >= _WIDTHS[-1]:
         return
     for pack in _packs(g, widest, policy.dtype.itemsize):
         if direction == "weight_grad":
