@@ -56,9 +56,10 @@ def test_chains() -> None:
     assert _kinds(converted) == [
         *(fast.ConvReLUMaxPool2d, nn.Identity, nn.Identity),
         *(fast.ConvReLU2d, nn.Identity),
-        *(fast.Conv2d, nn.BatchNorm2d, nn.ReLU, fast.MaxPool2d),
+        *(fast.Conv2d, fast.BatchNormReLUMaxPool2d, nn.Identity, nn.Identity),
         *(fast.ConvReLU2d, nn.Identity, fast.MaxPool2d),
     ]
+    assert type(converted) is fast.ConvChain, "two fused convolutions follow each other"
     assert (converted[0].pool_kernel_size, converted[0].pool_stride, converted[0].pool_padding) == (3, 2, 1)
     assert converted[0].pool_ceil_mode is True
     x = torch.randn(2, 3, 32, 32)

@@ -61,9 +61,12 @@ def test_vgg_arguments() -> None:
         vgg(11, num_classes=0)
 
 
-def test_vgg_fuses_every_chain() -> None:
+def test_vgg_is_one_chain() -> None:
     with torch.device("meta"):
-        kinds = [type(layer) for layer in vgg(16).features if not isinstance(layer, nn.Identity)]
+        features = vgg(16).features
+    assert type(features) is fast.ConvChain
+    assert [len(part) for part in fast.ConvChain.parts(features)] == [13]
+    kinds = [type(layer) for layer in features if not isinstance(layer, nn.Identity)]
     assert kinds.count(fast.ConvReLUMaxPool2d) == 5
     assert kinds.count(fast.ConvReLU2d) == 8
     assert len(kinds) == 13
@@ -132,6 +135,12 @@ def test_recipe_nets_are_the_same_function(resolution: int, downsample: str) -> 
     assert list(fused.state_dict()) == list(plain.state_dict())
     assert all(torch.equal(p, q) for p, q in zip(fused.parameters(), plain.parameters(), strict=True))
     assert not any(isinstance(module, (nn.ReLU, nn.MaxPool2d)) for module in fused.modules())
+    assert type(fused.features) is fast.ConvChain
+    assert len(list(fast.ConvChain.parts(fused.features))) == 1
+
+    for a, b in ((fused, plain), (plain, fused)):
+        a.load_state_dict({name: tensor + 0.01 for name, tensor in b.state_dict().items()})
+    fused.load_state_dict(plain.state_dict())
 
     # In float64 no winner of a pool and no sign of a ReLU flips between the two.
     fused, plain = fused.double(), plain.double()

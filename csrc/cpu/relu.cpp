@@ -6,8 +6,9 @@ namespace fastconv {
 
 namespace {
 
+// `masked` may be `grad` itself.
 template <class T>
-FASTCONV_INLINE void mask(const T* grad, const T* output, T* __restrict masked, int64_t numel) {
+FASTCONV_INLINE void mask(const T* grad, const T* output, T* masked, int64_t numel) {
   FASTCONV_VECTORIZE
   for (int64_t i = 0; i < numel; ++i) masked[i] = keep_if(!(load(output[i]) <= 0), grad[i]);
 }

@@ -125,18 +125,12 @@ class ConvChain(torch.autograd.Function):
                     continue
                 undone = _undo(grad, output, code, conv, pool, need_bias)
             before, found[2 * i + 1] = undone
-            grad = undone = None
+            output = grad = undone = None
             if _masks_below(ctx, i, grads):
-                need_below = needs[2 * i - 1]
-                wanted = (need_weight, need_below)
-                masked, grad_weight, bias = ops.conv2d_backward_relu.default(
-                    before, input, weight, *wanted, *conv.args, conv.backend
-                )
-                undone = (masked, bias if need_below else None)
-                found[2 * i] = grad_weight if need_weight else None
+                undone, found[2 * i] = _through_relu(conv, before, input, weight, need_weight, needs[2 * i - 1])
             else:
                 grad, found[2 * i] = conv_grads(conv, before, input if need_weight else None, weight)
-            output = input
+            before, output = None, input if i > 0 and ctx.layers[i - 1][1] is None else None
         return (grad, None, None, *found)
 
 
@@ -150,6 +144,17 @@ def _undo(
     assert code is not None
     unpooled_shape = conv_output_shape(conv.input_shape, conv.weight_shape, *conv.args[:3])
     return unpool(grad, code, unpooled_shape, pool, with_bias, conv.backend)
+
+
+def _through_relu(
+    conv: Conv, before: Tensor, input: Tensor, weight: Tensor, need_weight: bool, need_bias_below: bool
+) -> tuple[tuple[Tensor, Tensor | None], Tensor | None]:
+    """The input gradient with the ReLU that made `input` undone, and its sum over (N, H, W); and the weight gradient."""
+    wanted = (need_weight, need_bias_below)
+    masked, grad_weight, bias = run(
+        ops.conv2d_backward_relu.default, before, input, weight, *wanted, conv.args, conv.backend
+    )
+    return (masked, bias if need_bias_below else None), grad_weight if need_weight else None
 
 
 def _masks_below(ctx: Any, i: int, grads: tuple[Tensor | None, ...]) -> bool:

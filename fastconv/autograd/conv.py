@@ -37,7 +37,7 @@ def conv_grads(conv: Conv, grad: Tensor, input: Tensor | None, weight: Tensor | 
             grad_weight = conv2d_weight(input, conv.weight_shape, grad, *conv.args)
         return grad_input, grad_weight
     if weight is not None or input is not None:
-        grad_input, grad_weight = ops.conv2d_backward.default(grad, input, weight, *conv[:3], *conv.args, conv.backend)
+        grad_input, grad_weight = run(ops.conv2d_backward.default, grad, input, weight, *conv)
     return None if weight is None else grad_input, None if input is None else grad_weight
 
 
@@ -45,7 +45,7 @@ def relu_backward(grad: Tensor, output: Tensor, with_bias: bool, backend: str) -
     if torch.is_grad_enabled():
         masked = grad.masked_fill(output <= 0, 0)
         return masked, masked.sum((0, 2, 3)) if with_bias else None
-    masked, bias = ops.relu_backward.default(grad, output, with_bias, backend)
+    masked, bias = run(ops.relu_backward.default, grad, output, with_bias, backend)
     return masked, bias if with_bias else None
 
 
@@ -78,7 +78,8 @@ class Conv2d(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         bias = None
         if ctx.needs_input_grad[2]:
-            bias = grad.sum((0, 2, 3)) if torch.is_grad_enabled() else ops.bias_grad.default(grad, ctx.conv.backend)
+            backend = ctx.conv.backend
+            bias = grad.sum((0, 2, 3)) if torch.is_grad_enabled() else run(ops.bias_grad.default, grad, backend)
         return (*conv_grads(ctx.conv, grad, input, weight), bias, None, None)
 
 

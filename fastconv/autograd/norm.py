@@ -91,7 +91,8 @@ class BatchNormReLU(torch.autograd.Function):
             return *_recorded(ctx, closed, input, mean, var, weight), None, None, None
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[5])
         saved = (input, mean, var, weight, ctx.training, ctx.eps)
-        grad_input, sums, grad_residual = ops.batch_norm_relu_backward.default(grad, output, *saved, *wanted, ctx.backend)
+        operands = (grad, output, *saved, *wanted, ctx.backend)
+        grad_input, sums, grad_residual = run(ops.batch_norm_relu_backward.default, *operands)
         return *_grads(ctx, grad_input, sums, grad_residual), None, None, None
 
 
@@ -133,8 +134,8 @@ class BatchNormReLUMaxPool2d(torch.autograd.Function):
             return *_recorded(ctx, closed, input, mean, var, weight), None, None, None, None
         wanted = (ctx.needs_input_grad[0], ctx.needs_input_grad[5])
         saved = (ctx.input_shape, input, mean, var, weight, ctx.training, ctx.eps)
-        grad_input, sums, grad_residual = ops.batch_norm_relu_max_pool2d_backward.default(
-            grad, code, *saved, *ctx.pool, *wanted, ctx.backend
+        grad_input, sums, grad_residual = run(
+            ops.batch_norm_relu_max_pool2d_backward.default, grad, code, *saved, ctx.pool, *wanted, ctx.backend
         )
         return *_grads(ctx, grad_input, sums, grad_residual), None, None, None, None
 

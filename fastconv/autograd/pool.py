@@ -22,7 +22,7 @@ def unpool(
         flat = grad.new_zeros((*shape[:2], shape[2] * shape[3]))
         unpooled = flat.scatter_add(2, indices.flatten(2), open_grad.flatten(2)).view(shape)
         return unpooled, open_grad.sum((0, 2, 3)) if with_bias else None
-    unpooled, bias = ops.max_pool2d_backward.default(grad, code, shape, *args, with_bias, backend)
+    unpooled, bias = run(ops.max_pool2d_backward.default, grad, code, shape, args, with_bias, backend)
     return unpooled, bias if with_bias else None
 
 
@@ -80,7 +80,8 @@ class AvgPool2d(torch.autograd.Function):
             window = (pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode)
             grad_input = torch.ops.aten.avg_pool2d_backward(grad, shape_only, *window, *rule)
         else:
-            grad_input = ops.avg_pool2d_backward.default(grad, ctx.input_shape, *pool, *rule, ctx.channels_last, ctx.backend)
+            operands = (grad, ctx.input_shape, pool, *rule, ctx.channels_last, ctx.backend)
+            grad_input = run(ops.avg_pool2d_backward.default, *operands)
         return grad_input, None, None, None, None
 
 
@@ -106,7 +107,7 @@ class GlobalAvgPool2d(torch.autograd.Function):
         height, width = ctx.map_shape
         if torch.is_grad_enabled():
             return (grad / (height * width)).expand(-1, -1, height, width), None
-        return ops.global_avg_pool2d_backward.default(grad, height, width, ctx.channels_last, ctx.backend), None
+        return run(ops.global_avg_pool2d_backward.default, grad, height, width, ctx.channels_last, ctx.backend), None
 
 
 register(MaxPool2d, "max_pool2d", lambda x, *a: (x, PoolArgs(*a[:5]), *a[5:]))

@@ -149,15 +149,20 @@ def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, po
 def conv2d_input_grad_relu(
     grad: Tensor, weight: Tensor, gate: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    return relu_backward(conv2d_input_grad(grad, weight, g, policy), gate, with_bias)
+    return _masked_in_place(conv2d_input_grad(grad, weight, g, policy), gate, with_bias)
 
 
 def conv2d_backward_relu(
     grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     grad_input, grad_weight = conv2d_backward(grad, x, weight, g, policy)
-    masked, bias = relu_backward(grad_input, x, with_bias)
+    masked, bias = _masked_in_place(grad_input, x, with_bias)
     return masked, grad_weight, bias
+
+
+def _masked_in_place(grad: Tensor, gate: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
+    torch.ops.aten.threshold_backward.grad_input(grad, gate, 0, grad_input=grad)
+    return grad, grad.sum((0, 2, 3)) if with_bias else None
 
 
 def bias_grad(grad: Tensor) -> Tensor:

@@ -110,14 +110,14 @@ def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, po
 def conv2d_input_grad_relu(
     grad: Tensor, weight: Tensor, gate: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    return relu_backward(conv2d_input_grad(grad, weight, g, policy), gate, with_bias)
+    return _masked(_dense(conv2d_input_grad(grad, weight, g, policy)), gate, with_bias)
 
 
 def conv2d_backward_relu(
     grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     grad_input, grad_weight = conv2d_backward(grad, x, weight, g, policy)
-    masked, bias = relu_backward(grad_input, x, with_bias)
+    masked, bias = _masked(_dense(grad_input), x, with_bias)
     return masked, grad_weight, bias
 
 
@@ -128,9 +128,14 @@ def bias_grad(grad: Tensor) -> Tensor:
 
 
 def relu_backward(grad: Tensor, output: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
-    masked = _empty(grad, grad.shape)
+    return _masked(_dense(grad), output, with_bias, _empty(grad, grad.shape))
+
+
+def _masked(grad: Tensor, output: Tensor, with_bias: bool, masked: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """relu_backward into `masked`, or in place."""
+    masked = grad if masked is None else masked
     bias = grad.new_empty(grad.shape[1]) if with_bias else None
-    _kernel("relu_backward")(_dense(grad), _dense(output), masked, bias)
+    _kernel("relu_backward")(grad, _dense(output), masked, bias)
     return masked, bias
 
 

@@ -146,7 +146,8 @@ def conv_chain(input: Tensor, layers: Sequence[ConvLayer]) -> Tensor:
     if has_torch_function(operands):
         result: Tensor = handle_torch_function(conv_chain, operands, input, layers)
         return result
-    x, batched, run = input, True, list[ChainLayer]()
+    x, batched = input, True
+    run: list[ChainLayer] = []
     for i, layer in enumerate(layers):
         op, pool = "conv2d_relu", None
         if layer.pool_kernel_size is not None:
