@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 
@@ -60,15 +61,28 @@ def test_pick_orders_backends() -> None:
     p = Policy(torch.bfloat16)
 
     def names(geometry: ConvGeometry, chip: str, channels_last: bool) -> list[str]:
-        picked = tuning.pick("conv2d", "forward", geometry, p, chip, channels_last)
+        picked = tuning.pick("conv2d_relu", "forward", geometry, p, chip, channels_last)
         return list(dict.fromkeys(candidate.backend for candidate in picked))
 
-    assert names(G, "NVIDIA H100 sm_90", True) == ["triton", "native", "aten"]
-    assert names(G, "cpu", True) == ["native", "aten"]
-    assert names(G, "cpu", False) == ["aten"]
-    assert names(G, "NVIDIA H100 sm_90", False)[0] == "aten"
+    assert names(G, "NVIDIA H100 sm_90", True) == ["triton", "aten"]
+    assert names(G, "AMD EPYC 9B14 cpu-2", True) == names(G, "cpu", True) == ["native", "aten"]
+    assert names(G, "cpu", False) == ["aten", "native"]
+    assert names(G, "NVIDIA H100 sm_90", False) == ["aten", "triton"]
     grouped = ConvGeometry.of("conv2d", (1, 4, 8, 8), (4, 1, 3, 3), None, (1, 1), (1, 1), (1, 1), 4)
     assert names(grouped, "NVIDIA H100 sm_90", True)[0] == "triton"
+
+
+@pytest.mark.usefixtures("cache")
+def test_an_automatic_choice_is_logged_once_with_its_reason(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "fastconv")
+    backends._noted.clear()
+    for batch in (1, 1, 2):
+        x = torch.randn(batch, 4, 8, 8).to(memory_format=torch.channels_last)
+        FC.conv2d(x, torch.randn(4, 4, 3, 3))
+    (record,) = caplog.records
+    call = "conv2d forward 1x4x8x8 to 4, 3x3/1, float32"
+    reason = "rule: native reads channels_last, operands do: native"
+    assert record.getMessage() == f"backend native for {call} on cpu ({reason})"
 
 
 def test_auto_runs_the_native_kernels_on_channels_last() -> None:

@@ -13,6 +13,7 @@ import torch
 import fastconv
 from fastconv import backends
 from fastconv.cli import main
+from fastconv.tuning import tables
 
 SMALL = ["--resolution", "8", "--width", "4", "--max-width", "8", "--epochs", "2", "--batch-size", "256", "--device", "cpu"]
 
@@ -20,9 +21,28 @@ SMALL = ["--resolution", "8", "--width", "4", "--max-width", "8", "--epochs", "2
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
-    for expected in (fastconv.__version__, torch.__version__, "CPU", "compiled library", "aten on cpu"):
+    for expected in (
+        fastconv.__version__,
+        torch.__version__,
+        "CPU",
+        "compiled library",
+        "aten on cpu",
+        backends.chip("cpu"),
+    ):
         assert expected in printed
     assert any(line.startswith("aten on cpu") and line.endswith("ready") for line in printed.splitlines())
+
+
+def test_info_shows_the_tables_in_force(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert "none: `fastconv tune` measures one" in capsys.readouterr().out
+    chip = backends.chip("cpu")
+    tables.write(tables.user_file(chip), chip, [])
+    assert main(["info"]) == 0
+    assert f"{tables.user_file(chip)}: 0 entries" in capsys.readouterr().out
+    tables.user_file(chip).write_text("{")
+    assert main(["info"]) == 0
+    assert f"{tables.user_file(chip)}: ignored: it is not JSON" in capsys.readouterr().out
 
 
 def test_info_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ def _cudnn_conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, residual:
 
 
 def _cudnn_fuses(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
-    """Whether cuDNN's fused kernel may run this call: NHWC in whole vectors, for which it has engines, and a GPU on which it keeps NaN."""
+    """Whether cuDNN's fused kernel may run this call: NHWC in whole vectors, for which it has engines, and it keeps NaN."""
     if x.device.type != "cuda" or torch.version.hip is not None or x.dtype not in _CUDNN_FUSED_DTYPES:
         return False
     if g.is_empty or g.groups != 1 or g.in_channels * x.element_size() % 16 or g.out_channels * x.element_size() % 16:

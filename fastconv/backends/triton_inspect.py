@@ -24,10 +24,10 @@ import torch
 from fastconv.backends.triton_calls import Call, Recorded, record
 from fastconv.backends.triton_cubin import machine_code
 from fastconv.backends.triton_launch import Launch
+from fastconv.tuning.sides import shared_memory
 
-# Bytes of shared memory that one program may have.
-SHARED_LIMIT = {80: 166_912, 90: 232_448, 100: 232_448}
-CAPABILITIES = tuple(SHARED_LIMIT)
+CAPABILITIES = (80, 90, 100)
+SHARED_LIMIT = {capability: shared_memory(capability) for capability in CAPABILITIES}
 
 
 def inspect(

@@ -221,7 +221,7 @@ def _forward_pool(call: Call, device: torch.device) -> Problem:
 def _verify_winners(
     pool: PoolGeometry, unpooled: Callable[[Results], Tensor], relu: bool, reduction: int, call: Call
 ) -> Callable[[Results, Results, Results], str | None]:
-    """Maxima against float64's; and the elements that the codes name, which near ties may choose differently, against the maxima."""
+    """Maxima against float64's, and the elements that the codes name, which may differ in near ties, against the maxima."""
 
     def verify(results: Results, exact: Results, operands: Results) -> str | None:
         (output, code), maxima = results, exact[0]
@@ -231,6 +231,8 @@ def _verify_winners(
         if code.max() > pool.positions:
             return f"a winner's code is {code.max()}, of {pool.positions} positions"
         indices = aten.code_to_indices(code, pool)
+        if indices.min() < 0 or indices.max() >= pool.height * pool.width:  # which gather must not see on a GPU
+            return "winners: a code names an element outside of the map"
         named = unpooled(operands).flatten(2).gather(2, indices.flatten(2)).view(maxima.shape)
         if relu:
             named = named.masked_fill(code == 0, 0)
@@ -253,6 +255,21 @@ def _input_grad(call: Call, device: torch.device) -> Problem:
         return (torch.ops.fastconv.conv2d_backward(grad, None, weight, *shapes, *_conv_arguments(g), backend)[0],)
 
     return Problem(operands, run, _verify(products, call=call))
+
+
+def _masked_input_grad(call: Call, device: torch.device) -> Problem:
+    """With the backward of the ReLU below, whose output is the convolution's input, and the sums of that."""
+    g = call.geometry
+    assert isinstance(g, ConvGeometry)
+    grad, weight = _input_grad(call, device).operands
+    x = _random(g.input_shape, call, device).relu()
+
+    def run(operands: Results, backend: str) -> Results:
+        masked, _, bias = torch.ops.fastconv.conv2d_backward_relu(*operands, False, True, *_conv_arguments(g), backend)
+        return masked, bias
+
+    products, sums = g.taps * g.group_out_channels, g.batch * g.height * g.width
+    return Problem((grad, x, weight), run, _verify(products, products + sums, call=call))
 
 
 def _weight_grad(call: Call, device: torch.device) -> Problem:
@@ -345,6 +362,7 @@ _PROBLEMS: dict[tuple[str, str], Callable[[Call, torch.device], Problem]] = {
     ("conv2d_relu", "forward"): _forward,
     ("conv2d_relu_max_pool2d", "forward"): _forward_pool,
     ("conv2d", "input_grad"): _input_grad,
+    ("conv2d_relu", "input_grad"): _masked_input_grad,
     ("conv2d", "weight_grad"): _weight_grad,
     ("conv2d", "bias_grad"): _bias_grad,
     ("relu", "backward"): _relu_backward,

@@ -14,6 +14,7 @@ from fastconv import backends
 from fastconv.backends import native
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
+from fastconv.tuning import tables
 
 _OPTIONAL = {"scikit-learn": "fastconv train", "matplotlib": "fastconv train", "tqdm": "fastconv train"}
 
@@ -34,7 +35,7 @@ def run(options: argparse.Namespace) -> None:
 
 def rows() -> list[tuple[str, str]]:
     """Names and values, in the order printed."""
-    return [*_versions(), *_devices(), *_native(), *_backends()]
+    return [*_versions(), *_devices(), *_native(), *_backends(), *_tables()]
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -90,4 +91,16 @@ def _backends() -> list[tuple[str, str]]:
                 continue
             reason = backends.load(name).supports("conv2d_relu", "forward", geometry, Policy(torch.float32), device_type)
             found.append((f"{name} on {device_type}", "ready" if reason is None else f"no: {reason}"))
+    return found
+
+
+def _tables() -> list[tuple[str, str]]:
+    """The chips of this machine, and the tables of measurements that choices on them come from."""
+    chips = [backends.chip("cpu")]
+    if torch.cuda.is_available():
+        chips += [backends.chip("cuda", index) for index in range(torch.cuda.device_count())]
+    found = []
+    for chip in dict.fromkeys(chips):
+        files = [f"{path}: {tables.describe(path, chip)}" for path in tables.files(chip)]
+        found += [("table for", chip), *(("", line) for line in files or ["none: `fastconv tune` measures one"])]
     return found

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ import fastconv
 from fastconv import backends, models
 from fastconv.bench import timing, tune
 from fastconv.cli import arguments
-from fastconv.tuning import tables
+from fastconv.tuning import Call, tables
 
-_VGG = re.compile(r"vgg(\d+)$")
+_VGG = ("vgg11", "vgg13", "vgg16", "vgg19")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -35,12 +37,14 @@ def add(commands: Any) -> None:
     option = parser.add_argument
     option(
         "--model",
+        type=_model_name,
         default="recipe",
         help="recipe, vgg11, vgg13, vgg16, vgg19, or path/to/file.py:callable, a function without arguments that "
         "returns a torch.nn.Module (default: recipe)",
     )
     option(
         "--input",
+        type=_shape,
         metavar="NxCxHxW",
         help="shape of a batch (default: 32x3x224x224 on a GPU, 8x3x32x32 on a CPU)",
     )
@@ -57,17 +61,12 @@ def run(options: argparse.Namespace) -> None:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {options.device}: allowed: auto, cpu, cuda, cuda:1, ...")
     on_gpu = device.type == "cuda"
-    shape = _shape(options.input or ("32x3x224x224" if on_gpu else "8x3x32x32"))
+    shape = options.input or ((32, 3, 224, 224) if on_gpu else (8, 3, 32, 32))
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
     chip = backends.chip(device.type, device.index)
     path = options.out or tables.user_file(chip)
-    model = fastconv.convert(_model(options.model, shape)).to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
     print(f"{chip}; torch {torch.__version__}; {options.model}, {'x'.join(map(str, shape))}, {dtype}")
-    calls = tune.observe(lambda: tune.training_step(model, x, dtype))
-    if not calls:
-        raise ValueError(f"--model {options.model}: a training step of it calls none of fastconv's operators")
-    del model, x
+    calls = _observe(options.model, shape, dtype, device)
     print(f"{len(calls)} calls; each: times in a step, winner, median (20%–80%), aten / winner")
     written = 0
     for measurement in tune.tune(calls, device, path, budget=options.budget):
@@ -76,6 +75,16 @@ def run(options: argparse.Namespace) -> None:
             print(f"    not {candidate}: {reason.splitlines()[0] if reason else 'no reason given'}")
         written += measurement.winner is not None
     print(f"{written} entries written: {path}" if written else "nothing written: no call had two candidates to choose from")
+
+
+def _observe(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Counter[Call]:
+    """The calls of a training step. Model and batch are gone when it returns, for measuring needs their memory."""
+    model = fastconv.convert(_model(name, shape)).to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
+    calls = tune.observe(lambda: tune.training_step(model, x, dtype))
+    if not calls:
+        raise ValueError(f"--model {name}: a training step of it calls none of fastconv's operators on this device")
+    return calls
 
 
 def _outcome(measurement: tune.Measurement) -> str:
@@ -90,8 +99,14 @@ def _shape(text: str) -> tuple[int, ...]:
     found = re.fullmatch(r"(\d+)x(\d+)x(\d+)x(\d+)", text)
     shape = tuple(map(int, found.groups())) if found else ()
     if not shape or 0 in shape:
-        raise ValueError(f"--input must be NxCxHxW, four integers from 1 on, such as 8x3x32x32; got {text!r}")
+        raise argparse.ArgumentTypeError(f"must be NxCxHxW, four integers from 1 on, such as 8x3x32x32; got {text!r}")
     return shape
+
+
+def _model_name(text: str) -> str:
+    if text != "recipe" and text not in _VGG and not re.fullmatch(r".+:\w+", text):
+        raise argparse.ArgumentTypeError(f"must be recipe, {', '.join(_VGG)} or path/to/file.py:callable, got {text!r}")
+    return text
 
 
 def _model(name: str, shape: tuple[int, ...]) -> nn.Module:
@@ -99,13 +114,10 @@ def _model(name: str, shape: tuple[int, ...]) -> nn.Module:
         if shape[2] != shape[3]:
             raise ValueError(f"--model recipe takes square images, got --input {'x'.join(map(str, shape))}")
         return models.recipe_net(shape[2], in_channels=shape[1])
-    found = _VGG.match(name)
-    if found:
+    if name in _VGG:
         if min(shape[2:]) < 32:
             raise ValueError(f"--model {name} takes images from 32×32 on, got --input {'x'.join(map(str, shape))}")
-        return models.vgg(int(found[1]), in_channels=shape[1])
-    if ":" not in name:
-        raise ValueError(f"--model must be recipe, vgg11, vgg13, vgg16, vgg19 or path/to/file.py:callable, got {name!r}")
+        return models.vgg(int(name[3:]), in_channels=shape[1])
     model = _function(*name.rsplit(":", 1))()
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model {name}: must return a torch.nn.Module, got {type(model).__name__}")
@@ -126,7 +138,10 @@ def _function(file: str, name: str) -> Callable[[], object]:
 
 
 def _seconds(text: str) -> float:
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text!r}")
     return value

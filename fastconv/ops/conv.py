@@ -208,14 +208,24 @@ def conv2d_backward_relu(
         grad_weight = grad.new_empty(g.weight_shape).to(memory_format=weight_layout) if with_weight else absent(grad)
         return masked, grad_weight, optional_bias(grad, g.in_channels, with_bias)
     for_input = launchers_for(backend, "conv2d_relu", "input_grad", g, grad, layout)
-    grad_weight = absent(grad)
-    if with_weight:
-        for_weight = launchers_for(backend, "conv2d", "weight_grad", g, grad, layout)
-        if for_input is for_weight:
-            masked, grad_weight, bias = for_input.conv2d_backward_relu(grad, input, weight, g, arithmetic, with_bias)
-            return dense(masked, layout), dense(grad_weight, weight_layout), absent(grad) if bias is None else bias
-        grad_weight = dense(for_weight.conv2d_weight_grad(grad, input, g, arithmetic), weight_layout)
-    masked, bias = for_input.conv2d_input_grad_relu(grad, weight, input, g, arithmetic, with_bias)
+    for_weight = launchers_for(backend, "conv2d", "weight_grad", g, grad, layout) if with_weight else None
+    if backend == "auto" and for_input.NAME == "aten":
+        if for_weight is for_input:
+            grad_input, grad_weight = for_input.conv2d_backward(grad, input, weight, g, arithmetic)
+        else:
+            grad_input, grad_weight = for_input.conv2d_input_grad(grad, weight, g, arithmetic), absent(grad)
+        pixels = geometry.single_elements("conv2d_backward_relu", input.shape)
+        masking = launchers_for(backend, "relu", "backward", pixels, grad, layout)
+        masked, bias = masking.relu_backward(grad_input, input, with_bias)
+    elif for_weight is for_input:
+        masked, grad_weight, bias = for_input.conv2d_backward_relu(grad, input, weight, g, arithmetic, with_bias)
+    else:
+        masked, bias = for_input.conv2d_input_grad_relu(grad, weight, input, g, arithmetic, with_bias)
+        grad_weight = absent(grad)
+    if for_weight is not None:
+        if for_weight is not for_input:
+            grad_weight = for_weight.conv2d_weight_grad(grad, input, g, arithmetic)
+        grad_weight = dense(grad_weight, weight_layout)
     return dense(masked, layout), grad_weight, absent(grad) if bias is None else bias
 
 

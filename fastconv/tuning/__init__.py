@@ -69,7 +69,9 @@ def explain(
     channels_last: bool = True,
 ) -> str:
     """Why `pick` puts its first candidate first: a table's entry, the nearest entry, the model of cost, or a rule."""
-    return _choose(Call(op, direction, geometry, policy, chip, channels_last)).reason
+    call = Call(op, direction, geometry, policy, chip, channels_last)
+    measured = forced(call)
+    return _choose(call).reason if measured is None else f"forced: {measured} is being measured"
 
 
 @cached

@@ -19,6 +19,7 @@ CONVOLUTIONS = (
     ("conv2d_relu", "forward"),
     ("conv2d_relu_max_pool2d", "forward"),
     ("conv2d", "input_grad"),
+    ("conv2d_relu", "input_grad"),
     ("conv2d", "weight_grad"),
 )
 PASSES = (
@@ -37,7 +38,8 @@ PASSES = (
 class Call(NamedTuple):
     """What a choice depends on; the arguments of `fastconv.tuning.pick`.
 
-    A 'conv2d_relu_max_pool2d' has a 2×2 pool with stride 2: no other is fused.
+    A 'conv2d_relu_max_pool2d' has a 2×2 pool with stride 2: no other is fused. The 'input_grad' of a 'conv2d_relu' is closed
+    by the ReLU of the layer below.
     """
 
     op: str

@@ -11,6 +11,7 @@ import torch
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 from fastconv.tuning import depthwise, first, grouped, pointer, tma
+from fastconv.tuning.sides import shared_bytes, shared_memory
 
 
 class Candidate(NamedTuple):
@@ -63,10 +64,14 @@ def candidates(
 
 
 def triton_candidates(op: str, direction: str, g: ConvGeometry, policy: Policy, chip: str) -> tuple[Candidate, ...]:
-    """The Triton kernels for a convolution in one direction, the likely best of each family first."""
+    """The Triton kernels for a convolution in one direction that the chip has room for, each family's likely best first."""
     arch = capability(chip)
     special = ((f.FAMILY, c) for f in (first, depthwise, grouped) for c in f.candidates(direction, g, policy, arch))
     by_descriptors = ((tma.FAMILY, config) for config in tma.candidates(op, direction, g, policy, arch))
     by_pointers = ((pointer.FAMILY, config) for config in pointer.candidates(direction, g, policy, arch))
-    found = (*special, *by_descriptors, *by_pointers)
-    return tuple(Candidate("triton", family, tuple(config.items())) for family, config in found)
+    room = None if arch is None else shared_memory(arch)
+    return tuple(
+        Candidate("triton", family, tuple(config.items()))
+        for family, config in (*special, *by_descriptors, *by_pointers)
+        if room is None or shared_bytes(config, policy.dtype.itemsize) <= room
+    )

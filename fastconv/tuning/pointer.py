@@ -12,8 +12,6 @@ FAMILY = "pointer"
 
 _INTERPRETED_PROGRAMS = 2
 _MANY_PIXELS = 4096
-# Bytes of shared memory that one program may have, by compute capability (CUDA programming guide, technical specifications).
-_SHARED_MEMORY = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 def candidates(direction: str, g: ConvGeometry, policy: Policy, capability: int | None) -> list[dict[str, int]]:
@@ -66,7 +64,7 @@ def _product(reduction: int, outputs: int, pixels: int, policy: Policy, capabili
         config = {**sides, "SWAP": swap(block_n, policy, capability), "NUM_STAGES": stages}
         config["num_warps"] = warps or _warps(block_n * block_m * (1 if is_wide(reduction, policy) else 2))
         configs.append(config)
-    return _valid(configs, policy, capability, pixels)
+    return _valid(configs, pixels)
 
 
 def _weight_grad(g: ConvGeometry, policy: Policy, capability: int | None) -> list[dict[str, int]]:
@@ -100,16 +98,14 @@ def _weight_grad(g: ConvGeometry, policy: Policy, capability: int | None) -> lis
             block_c = max(block_c, WGMMA_ROWS)
         sides = {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_P": block_p}
         configs.append({**sides, "SWAP": swapped, "NUM_STAGES": stages, "num_warps": warps})
-    return _valid(configs, policy, capability, None)
+    return _valid(configs, None)
 
 
-def _valid(configs: list[dict[str, int]], policy: Policy, capability: int, pixels: int | None) -> list[dict[str, int]]:
-    """Each config once, those that fit the chip's shared memory and, but for the first, are not larger than the map."""
+def _valid(configs: list[dict[str, int]], pixels: int | None) -> list[dict[str, int]]:
+    """Each config once, and but for the first only those that are not larger than the map."""
     found: list[dict[str, int]] = []
     for config in configs:
-        if config in found or shared_bytes(config, policy) > shared_memory(capability):
-            continue
-        if found and pixels is not None and config["BLOCK_M"] > side(pixels, 256):
+        if config in found or (found and pixels is not None and config["BLOCK_M"] > side(pixels, 256)):
             continue
         found.append(config)
     return found
@@ -118,19 +114,6 @@ def _valid(configs: list[dict[str, int]], policy: Policy, capability: int, pixel
 def is_wide(channels: int, policy: Policy) -> bool:
     """Whether rows of channels are whole multiples of the 16 bytes that one load takes; else it takes single elements."""
     return channels * policy.dtype.itemsize % 16 == 0
-
-
-def shared_bytes(config: dict[str, int], policy: Policy) -> int:
-    """Shared memory of a program of the pointer kernels: the stages of both operands, or the transposed result after them."""
-    rows, columns = config["BLOCK_N"], config.get("BLOCK_M") or config["BLOCK_C"]
-    depth = config.get("BLOCK_K") or config["BLOCK_P"]
-    operands = config["NUM_STAGES"] * (rows + columns) * depth * policy.dtype.itemsize
-    return max(operands, 4 * rows * columns)
-
-
-def shared_memory(capability: int) -> int:
-    """Bytes of shared memory that one program may have; of an unknown generation, as the one before it."""
-    return _SHARED_MEMORY[max((c for c in _SHARED_MEMORY if c <= capability), default=80)]
 
 
 def _warps(elements: int) -> int:

@@ -1,4 +1,4 @@
-"""Sides of tiles, and how many programs there should be."""
+"""Sides of tiles, how many programs there should be, and what a chip has room for."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ PROGRAMS_PER_PROCESSOR = 4
 
 # That sm_90's tensor cores multiply at a time; tiles of fewer run on those of sm_80, at half the rate.
 WGMMA_ROWS = 64
+
+# Bytes of shared memory that one program may have, by compute capability (CUDA programming guide, technical specifications).
+_SHARED_MEMORY = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 
 
 def cdiv(dividend: int, divisor: int) -> int:
@@ -37,3 +40,22 @@ def swap(block_n: int, policy: Policy, capability: int | None) -> int:
     """SWAP of a tile: 1, output channels are the product's rows; 0, its columns, where they are too few for sm_90."""
     has_tensor_cores = policy.tf32 or policy.dtype != torch.float32
     return int(not has_tensor_cores or capability is None or capability < 90 or block_n >= WGMMA_ROWS)
+
+
+def shared_memory(capability: int) -> int:
+    """Bytes of shared memory that one program may have; of an unknown generation, as the one before it."""
+    return _SHARED_MEMORY[max((c for c in _SHARED_MEMORY if c <= capability), default=80)]
+
+
+def shared_bytes(config: dict[str, int], itemsize: int) -> int:
+    """Shared memory of a program: the stages of both operands, or what of the result lies there after them.
+
+    That is the pointer kernels' transposed float32 accumulators, or two tiles of a map that descriptors read and store.
+    """
+    if "NUM_STAGES" not in config:
+        return 0  # no product of matrices
+    box = config.get("BLOCK_B", 1) * config.get("BLOCK_H", 1) * config.get("BLOCK_W", 1)
+    columns = config.get("BLOCK_C") or config.get("BLOCK_M") or box
+    depth = config.get("BLOCK_K") or config.get("BLOCK_P") or box
+    rows = config["BLOCK_N"]
+    return max(config["NUM_STAGES"] * (rows + columns) * depth * itemsize, 4 * rows * columns)

@@ -131,14 +131,26 @@ def _distance(one: Call, other: Call) -> float:
     return abs(math.log2(a.batch * a.height * a.width) - math.log2(b.batch * b.height * b.width))
 
 
+def files(chip: str) -> list[Path]:
+    """The tables for `chip` that there are, the shipped one before the user's."""
+    folders = (shipped_folder(), user_folder())
+    paths = [folder / file_name(chip) for folder in folders if folder is not None]
+    return [path for path in paths if path.is_file()]
+
+
+def describe(path: Path, chip: str) -> str:
+    """'12 entries', or why the file is ignored."""
+    try:
+        return f"{len(read(path, chip))} entries"
+    except (TableError, OSError) as error:
+        return f"ignored: {error}"
+
+
 @cached
 def load(chip: str) -> Table:
     """The shipped table for `chip` and the user's over it; read once, until `forget`."""
     entries: dict[Call, Entry] = {}
-    for folder in (shipped_folder(), user_folder()):
-        path = None if folder is None else folder / file_name(chip)
-        if path is None or not path.is_file():
-            continue
+    for path in files(chip):
         try:
             entries.update((entry.call, entry) for entry in read(path, chip))
         except (TableError, OSError) as error:
@@ -207,9 +219,14 @@ def _to_json(entry: Entry) -> dict[str, object]:
         "channels_last": call.channels_last,
         "geometry": geometry,
         "candidate": _candidate_to_json(entry.candidate),
-        "seconds": entry.seconds,
-        "others": [{**_candidate_to_json(candidate), "seconds": seconds} for candidate, seconds in entry.others],
+        "seconds": _rounded(entry.seconds),
+        "others": [{**_candidate_to_json(candidate), "seconds": _rounded(seconds)} for candidate, seconds in entry.others],
     }
+
+
+def _rounded(seconds: float) -> float:
+    """More digits than these no measurement has."""
+    return float(f"{seconds:.4g}")
 
 
 def _candidate_to_json(candidate: Candidate) -> dict[str, object]:
@@ -296,8 +313,8 @@ def _integers(row: dict[str, Any], name: str, count: int, least: int, where: str
 
 def _seconds(row: dict[str, Any], where: str) -> float:
     value = row.get("seconds")
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise TableError(f"{where}: seconds must be a positive number, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise TableError(f"{where}: seconds must be a positive number, got {value!r:.60}")
     return float(value)
 
 

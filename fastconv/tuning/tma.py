@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import product
@@ -20,6 +21,7 @@ _SIDES = (1, 2, 4, 8, 16)
 _LARGEST_SIDE = 256  # of a box
 _BOX_PIXELS = 64  # of a weight gradient's step, in 16 bits
 _INTERPRETED_PIXELS = 512
+_SLACK = 1.05  # of what a box covers, against the least
 
 # (output channels, pixels, warps, stages) of a forward or input gradient tile, the likely best first. Operands of 16 bits;
 # three or four stages of them fit the shared memory of sm_90 beside the tile that is stored.
@@ -135,19 +137,19 @@ def _weight_boxes(pixels: int, g: ConvGeometry) -> Iterator[Box]:
 def box(pixels: int, batch: int, height: int, width: int, is_pooled: bool) -> Box | None:
     """(images, rows, columns) of a box of `pixels` that covers a batch of maps with the least waste.
 
-    Sides are powers of two, so that there are few of them whatever the batch and the map. Of equals the one with the
-    fewest images, then the widest, is taken: neighbours in a map share what they read. None where no box has room.
+    Sides are powers of two, so that there are few of them whatever the batch and the map. Of boxes that cover about as
+    little the squarest, then the one with the fewest images, is taken: a kernel is compiled for each box, and neighbours in
+    a map share what they read. None where no box has room.
     """
     least = 2 if is_pooled else 1
-    best = None
+    covered: dict[Box, int] = {}
     for rows, columns in product(_SIDES, _SIDES):
         images = pixels // (rows * columns)
-        if min(rows, columns) < least or not 1 <= images <= _LARGEST_SIDE:
-            continue
-        covered = _up(batch, images) * _up(height, rows) * _up(width, columns)
-        if best is None or (covered, images, -columns) < best[0]:
-            best = (covered, images, -columns), (images, rows, columns)
-    return None if best is None else best[1]
+        if min(rows, columns) >= least and 1 <= images <= _LARGEST_SIDE:
+            covered[images, rows, columns] = _up(batch, images) * _up(height, rows) * _up(width, columns)
+    limit = _SLACK * min(covered.values(), default=0)
+    near = (sides for sides, size in covered.items() if size <= limit)
+    return min(near, key=lambda sides: (abs(math.log2(sides[1] / sides[2])), sides[0], -sides[2]), default=None)
 
 
 def _up(size: int, side: int) -> int:
