@@ -65,8 +65,8 @@ def run(op: Any, *args: Any) -> Any:
 
     The dispatcher's way into Python and back costs more than all of our own: it is passed over where nobody listens there.
     """
-    if _is_unobserved() and all(type(arg) in _PLAIN for arg in args):
-        return _IMPLEMENTATIONS[op](*_flat(args))
+    if _is_unobserved() and _PLAIN.issuperset(types := {*map(type, args)}):
+        return _IMPLEMENTATIONS[op](*(args if _GROUPS.isdisjoint(types) else _flat(args)))
     with torch._C._AutoDispatchBelowAutograd():
         return op(*_flat(args))
 
@@ -85,6 +85,7 @@ def _is_unobserved() -> bool:
 _PLAIN = frozenset(
     {Tensor, torch.nn.Parameter, type(None), bool, int, float, str, list, tuple, torch.Size, ConvArgs, PoolArgs}
 )
+_GROUPS = frozenset({ConvArgs, PoolArgs})
 _IMPLEMENTATIONS = {getattr(ops, name).default: function for name, function in IMPLEMENTATIONS.items()}
 
 FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}

@@ -11,6 +11,15 @@ from fastconv.autograd.core import Grads, PoolArgs, ops, register, run
 from fastconv.autograd.pool import unpool
 
 
+def batch_norm_update(*args: Any) -> None:
+    """The operator of that name, which has no gradient; past the dispatcher where nobody listens there."""
+    with torch.no_grad():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            ops.batch_norm_update.default(*args)
+        else:
+            run(ops.batch_norm_update.default, *args)
+
+
 def _keep(ctx: Any, inputs: tuple[Any, ...], statistics: tuple[Tensor, Tensor], gate: Tensor) -> None:
     """Save the statistics, `gate` (output or code), and the input where a gradient reads it."""
     input, running_mean, running_var, weight, bias, _, ctx.training, ctx.eps = inputs[:8]

@@ -263,7 +263,7 @@ def batch_norm_relu(
     residual: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Statistics]:
-    output, statistics = _batch_norm(x, statistics, weight, bias, residual, eps)
+    output, statistics = batch_norm(x, statistics, weight, bias, residual, eps)
     return output.relu_(), statistics
 
 
@@ -276,11 +276,11 @@ def batch_norm_relu_max_pool2d(
     eps: float,
     pool: PoolGeometry,
 ) -> tuple[Tensor, Tensor, Statistics]:
-    output, statistics = _batch_norm(x, statistics, weight, bias, residual, eps)
+    output, statistics = batch_norm(x, statistics, weight, bias, residual, eps)
     return *max_pool2d(output, pool, relu=True), statistics
 
 
-def _batch_norm(
+def batch_norm(
     x: Tensor,
     statistics: Statistics | None,
     weight: Tensor | None,
@@ -294,7 +294,7 @@ def _batch_norm(
     if count == 0:
         return torch.empty_like(x), (mean, var)
     # torch keeps no variance of the batch, but moves zeros by a momentum of 1 to it: the unbiased one.
-    operands = (None if t is None else t.to(dtype) for t in (weight, bias, mean, var))
+    operands = (None if t is None else t.to(dtype).contiguous() for t in (weight, bias, mean, var))
     output, _, _ = torch.ops.aten.native_batch_norm(x, *operands, statistics is None, 1.0, eps)
     if statistics is None:
         var *= (count - 1) / count
@@ -319,24 +319,44 @@ def batch_norm_relu_backward(
         closed, _ = relu_backward(grad, gate, with_bias=False)
     else:
         closed, _ = max_pool2d_backward(grad, gate, pool, with_bias=False)
-    mean, var = (t.to(statistics_dtype(grad)) for t in statistics)
-    weight = torch.ones_like(var) if weight is None else weight.to(var.dtype)
+    grad_x, sums = batch_norm_backward(closed, x, statistics, weight, eps, training, with_input)
+    return grad_x, sums, closed if with_residual else None
+
+
+def batch_norm_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    statistics: Statistics,
+    weight: Tensor | None,
+    eps: float,
+    training: bool,
+    with_input: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """(x's gradient, sums) of the normalisation alone, as Launchers.batch_norm_relu_backward has them."""
+    mean, var = (t.to(statistics_dtype(grad)).contiguous() for t in statistics)
+    if grad.numel() == 0:
+        sums = torch.zeros((2, len(mean)), dtype=mean.dtype, device=mean.device)
+        return torch.empty_like(grad) if with_input else None, None if x is None else sums
+    if x is None and not with_input:
+        return None, None
+    weight = torch.ones_like(var) if weight is None else weight.to(var.dtype).contiguous()
     inverse = (var + eps).rsqrt()
-    grad_x = sums = None
-    if closed.numel() == 0:
-        grad_x, sums = torch.empty_like(closed), torch.zeros((2, len(mean)), dtype=mean.dtype, device=mean.device)
-    elif x is not None:
-        grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
-            closed, x, weight, mean, var, mean, inverse, training, eps, [with_input, True, True]
-        )
-        sums = torch.stack((grad_bias, grad_weight))
-    elif with_input:
-        grad_x = (closed * (weight * inverse).view(-1, 1, 1)).to(grad.dtype)
-    return grad_x if with_input else None, None if x is None else sums, closed if with_residual else None
+    if x is None:
+        return (grad * (weight * inverse).view(-1, 1, 1)).to(grad.dtype), None
+    grad = grad.contiguous(memory_format=memory_format(x))  # torch's kernels take both in one layout
+    grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
+        grad, x, weight, mean, var, mean, inverse, training, eps, [with_input, True, True]
+    )
+    if grad.device.type == "cpu" and grad.dtype.itemsize == 2 and grad.is_contiguous():
+        grad_bias = grad.sum((0, 2, 3), dtype=mean.dtype)  # torch rounds an image's share to the gradient's dtype there
+    return grad_x if with_input else None, torch.stack((grad_bias, grad_weight))
 
 
 def batch_norm_update(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
 ) -> None:
-    for running, batch in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
-        running.copy_((1 - momentum) * running.to(batch.dtype) + momentum * batch)
+    for running, batch, share in ((running_mean, mean, momentum), (running_var, var, momentum * count / (count - 1))):
+        if running.dtype == batch.dtype:
+            running.mul_(1 - momentum).add_(batch, alpha=share)
+        else:
+            running.copy_((1 - momentum) * running.to(batch.dtype) + share * batch)

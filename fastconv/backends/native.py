@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: oneDNN's convolutions with a fused pass behind them, and own poolings.
+"""The compiled CPU kernels: oneDNN's convolutions and torch's normalisation with fused passes behind them, own poolings.
 
 Only this module loads `fastconv._C`. Its kernels take dense channels_last tensors of float32, bfloat16 or float16 and
 write outputs that are allocated here.
@@ -14,7 +14,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fastconv.backends import aten
+from fastconv.backends import Statistics, aten
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 
@@ -26,8 +26,6 @@ _INSTALL = "install torch and a C++ compiler, then run `pip install --no-build-i
 
 
 def supports(op: str, direction: str, geometry: ConvGeometry | PoolGeometry, policy: Policy, device_type: str) -> str | None:
-    if op.startswith("batch_norm"):
-        return "it has no kernels for batch normalisation"
     if device_type != "cpu":
         return f"it runs on CPU tensors, got one on {device_type}"
     if policy.dtype not in _DTYPES:
@@ -181,3 +179,53 @@ def global_avg_pool2d_backward(grad: Tensor, height: int, width: int) -> Tensor:
     input_grad = _empty(grad, (*grad.shape[:2], height, width))
     _kernel("global_avg_pool2d_backward")(_dense(grad), input_grad)
     return input_grad
+
+
+def batch_norm_relu(
+    x: Tensor,
+    statistics: Statistics | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Statistics]:
+    return aten.batch_norm_relu(x, statistics, weight, bias, residual, eps)
+
+
+def batch_norm_relu_max_pool2d(
+    x: Tensor,
+    statistics: Statistics | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    pool: PoolGeometry,
+) -> tuple[Tensor, Tensor, Statistics]:
+    normalised, statistics = aten.batch_norm(x, statistics, weight, bias, residual, eps)
+    return *max_pool2d(normalised, pool, relu=True), statistics
+
+
+def batch_norm_relu_backward(
+    grad: Tensor,
+    gate: Tensor,
+    x: Tensor | None,
+    statistics: Statistics,
+    weight: Tensor | None,
+    eps: float,
+    training: bool,
+    pool: PoolGeometry | None,
+    with_input: bool,
+    with_residual: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    if pool is None:
+        closed, _ = relu_backward(grad, gate, with_bias=False)
+    else:
+        closed, _ = max_pool2d_backward(grad, gate, pool, with_bias=False)
+    grad_x, sums = aten.batch_norm_backward(closed, x, statistics, weight, eps, training, with_input)
+    return grad_x, sums, closed if with_residual else None
+
+
+def batch_norm_update(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
+) -> None:
+    aten.batch_norm_update(running_mean, running_var, mean, var, count, momentum)

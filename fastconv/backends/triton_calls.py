@@ -238,6 +238,31 @@ def _passes(shape: tuple[int, int, int, int], dtype: torch.dtype) -> Iterator[tu
     yield "global_avg_pool", lambda: triton.global_avg_pool2d(x)
     pooled = _map((*shape[:2], 1, 1), dtype)
     yield "global_avg_pool_backward", lambda: triton.global_avg_pool2d_backward(pooled, *shape[2:])
+    yield from _norms(x)
+
+
+def _norms(x: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Batch normalisation in training with a residual, and by running statistics without one; with and without a pool."""
+    mean, var, weight = (torch.empty(x.shape[1], device="meta") for _ in range(3))
+    pool = PoolGeometry.of("inspect", x.shape, (2, 2), (2, 2), (0, 0), (1, 1), False)
+    pooled, code = _map(pool.output_shape, x.dtype), _map(pool.output_shape, pool.code_dtype)
+    for training in (True, False):
+        name = "batch_norm" if training else "batch_norm by running statistics"
+        operands = (x, None if training else (mean, var), weight, weight, x if training else None, 1e-5)
+        saved = (x if training else None, (mean, var), weight, 1e-5, training)
+        yield name, lambda operands=operands: triton.batch_norm_relu(*operands)  # type: ignore[misc]
+        yield f"{name} 2x2", lambda operands=operands: triton.batch_norm_relu_max_pool2d(*operands, pool)  # type: ignore[misc]
+        yield (
+            f"{name} backward",
+            lambda saved=saved, training=training: triton.batch_norm_relu_backward(x, x, *saved, None, True, training),  # type: ignore[misc]
+        )
+        yield (
+            f"{name} 2x2 backward",
+            lambda saved=saved, training=training: triton.batch_norm_relu_backward(  # type: ignore[misc]
+                pooled, code, *saved, pool, True, training
+            ),
+        )
+    yield "batch_norm update", lambda: triton.batch_norm_update(mean, var, mean, var, 64, 0.1)
 
 
 def _map(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

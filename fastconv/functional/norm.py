@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fastconv import autograd, backends, geometry
@@ -99,11 +98,10 @@ def batch_norm_relu_max_pool2d(
 
 def _operands(op: str, input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The operands as the operators take them; what they hold is checked there."""
-    geometry.check_input(op, input)
-    names = ("running_mean", "running_var", "weight", "bias", "residual")
-    for name, operand in zip(names, others, strict=True):
-        if operand is not None:
-            geometry.check_tensor(op, name, operand)
+    geometry.check_tensor(op, "input", input)
+    for index, operand in enumerate(others):
+        if operand is not None and not isinstance(operand, Tensor):
+            geometry.check_tensor(op, (*geometry.CHANNEL_OPERANDS, "residual")[index], operand)
     *channels, residual = others
     if residual is not None:
         geometry.check_floating(op, "residual", residual)
@@ -113,6 +111,8 @@ def _operands(op: str, input: Tensor, *others: Tensor | None) -> tuple[Tensor | 
 
 def _settings(op: str, training: bool, momentum: float, eps: float) -> tuple[float, float]:
     geometry.check_bool(op, "training", training)
+    if type(momentum) is float and type(eps) is float:
+        return momentum, eps
     return geometry.number(op, "momentum", momentum), geometry.number(op, "eps", eps)
 
 
@@ -129,5 +129,4 @@ def _update(
     if running_mean is None or input.shape[0] == 0:
         return
     count = input.shape[0] * input.shape[2] * input.shape[3]
-    with torch.no_grad():
-        torch.ops.fastconv.batch_norm_update(running_mean, running_var, mean, var, count, momentum, backend)
+    autograd.batch_norm_update(running_mean, running_var, mean, var, count, momentum, backend)

@@ -20,10 +20,11 @@ from fastconv.geometry.arguments import (
     pair,
 )
 from fastconv.geometry.conv import ConvGeometry, conv_output_shape, conv_padding
-from fastconv.geometry.norm import check_batch_norm, statistics_dtype
+from fastconv.geometry.norm import CHANNEL_OPERANDS, check_batch_norm, statistics_dtype
 from fastconv.geometry.pool import PoolGeometry, global_pool, single_elements
 
 __all__ = [
+    "CHANNEL_OPERANDS",
     "DTYPES",
     "ConvGeometry",
     "PoolGeometry",

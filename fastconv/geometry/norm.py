@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 import torch
 from torch import Tensor
 
-from fastconv.geometry.arguments import check_input, check_operand, check_residual, check_tensor
+from fastconv.geometry.arguments import check_input, check_operand, check_residual
+
+# Operands of a value a channel, in the order in which operators take them.
+CHANNEL_OPERANDS = ("running_mean", "running_var", "weight", "bias")
 
 
 def statistics_dtype(input: Tensor) -> torch.dtype:
@@ -30,10 +35,10 @@ def check_batch_norm(
         ValueError, RuntimeError: where torch.nn.functional.batch_norm and torch.nn.BatchNorm2d raise it, and for an
             operand that has neither the input's dtype nor, with a half-precision input, float32.
     """
-    check_input(op, input)
     if input.dim() != 4:
         raise ValueError(f"{op}: expected 4D input (got {input.dim()}D input), that is (N, C, H, W)")
-    batch, channels, height, width = input.shape
+    check_input(op, input)
+    batch, _, height, width = input.shape
     if training and batch * height * width == 1:
         raise ValueError(
             f"{op}: Expected more than 1 value per channel when training, got input size {tuple(input.shape)}; "
@@ -46,17 +51,21 @@ def check_batch_norm(
         raise ValueError(f"{op}: running_mean and running_var must either both be None or neither be None")
     if running_mean is None and not training:
         raise RuntimeError(f"{op}: running_mean and running_var must be defined in evaluation mode (training=False)")
-    operands = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
-    for name, operand in operands.items():
-        if operand is not None:
-            _check_channels(op, name, operand, input, channels)
-    check_operand(op, "residual", residual, input)
-    check_residual(op, residual, input.shape)
+    dtype, device, shape = input.dtype, input.device, input.shape[1:2]
+    dtypes = (dtype, statistics_dtype(input))
+    for index, operand in enumerate((running_mean, running_var, weight, bias)):
+        if operand is None:
+            continue
+        if operand.shape != shape or operand.dtype not in dtypes or operand.device != device:
+            _refuse_channels(op, CHANNEL_OPERANDS[index], operand, input)
+    if residual is not None:
+        check_operand(op, "residual", residual, input)
+        check_residual(op, residual, input.shape)
 
 
-def _check_channels(op: str, name: str, operand: Tensor, input: Tensor, channels: int) -> None:
-    """One value a channel, in the input's dtype or, beside float16 and bfloat16, in float32."""
-    check_tensor(op, name, operand)
+def _refuse_channels(op: str, name: str, operand: Tensor, input: Tensor) -> NoReturn:
+    """For an operand that is not one value a channel in the input's dtype or, beside float16 and bfloat16, in float32."""
+    channels = input.shape[1]
     if operand.dim() != 1 or operand.shape[0] != channels:
         raise RuntimeError(
             f"{op}: {name} should contain {channels} elements not {operand.numel()}, got {name} of size "
@@ -67,5 +76,4 @@ def _check_channels(op: str, name: str, operand: Tensor, input: Tensor, channels
             f"{op}: {name} has dtype {operand.dtype} with an input of dtype {input.dtype}; allowed: the input's, "
             f"and torch.float32 with a half-precision input"
         )
-    if operand.device != input.device:
-        raise RuntimeError(f"{op}: input is on {input.device} but {name} is on {operand.device}; allowed: one device")
+    raise RuntimeError(f"{op}: input is on {input.device} but {name} is on {operand.device}; allowed: one device")

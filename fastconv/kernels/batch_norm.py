@@ -23,7 +23,9 @@ def _combined(count, mean, squares):
     center = tl.sum(share * mean, axis=0)
     center += tl.sum(share * (mean - center[None, :]), axis=0)  # what rounding took from a mean far from 0
     deviation = mean - center[None, :]
-    return center, tl.sum(squares + count[:, None] * deviation * deviation, axis=0)
+    off = tl.sum(share * deviation, axis=0)  # what rounding left of the mean outside of `center`
+    total = tl.sum(squares + count[:, None] * deviation * deviation, axis=0)
+    return center, total - tl.sum(count, axis=0) * off * off
 
 
 @triton.jit
@@ -347,7 +349,7 @@ def batch_norm_pool_input_grad_kernel(
     grad = tl.load(grad_ptr + pooled, mask=pooled_mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
     code = tl.load(code_ptr + pooled, mask=pooled_mask, other=0).to(tl.int32)
     first = flatten(n, 2 * row, 2 * column, height, width)[:, None] * CHANNELS + channel[None, :]
-    for down in tl.static_range(2):
+    for down in tl.range(0, 2):  # not unrolled: the operands of four pixels at once would not fit in registers
         for right in tl.static_range(2):
             is_inside = is_window & (2 * row + down < height) & (2 * column + right < width)
             mask = is_inside[:, None] & is_channel[None, :]

@@ -211,6 +211,5 @@ def batch_norm_update(
     g = geometry.single_elements(op, (1, mean.shape[0], 1, 1))
     launchers = launchers_for(backend, op, "forward", g, mean, torch.channels_last)
     launchers.batch_norm_update(running_mean, running_var, mean, var, count, momentum)
-    for running in (running_mean, running_var):
-        if not running.is_inference():
-            torch.autograd.graph.increment_version(running)
+    if not (running_mean.is_inference() or running_var.is_inference()):
+        torch.autograd.graph.increment_version((running_mean, running_var))
