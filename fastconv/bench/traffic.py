@@ -11,13 +11,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fastconv import backends, tuning
 from fastconv.backends.triton_launch import Launch, recording
+from fastconv.bench.saved import saved_bytes
 from fastconv.ops.define import IMPLEMENTATIONS
 from fastconv.tuning.sides import cdiv
 
@@ -55,7 +55,7 @@ def measure(model: nn.Module, input: Tensor, capability: int) -> Step:
     Every operator of fastconv is served by the triton backend, as on a chip of that compute capability (90 for sm_90).
     """
     with backends.use_backend("triton"), recording(capability) as launches:
-        saved = _saved_bytes(lambda: model(input), model.parameters())
+        saved = saved_bytes(lambda: model(input))
         moved = _count_step(model, input, launches)
     ordered = sorted(moved.items(), key=lambda item: (-item[1].tensors, item[0]))
     return Step(dict(ordered), saved)
@@ -73,22 +73,6 @@ def _count_step(model: nn.Module, input: Tensor, launches: list[Launch]) -> dict
         model(input).float().square().mean().backward()
     model.zero_grad(set_to_none=True)
     return counting.moved
-
-
-def _saved_bytes(step: Callable[[], object], parameters: Iterable[Tensor]) -> int:
-    """Bytes that `step` saves for backward: distinct storages, parameters excluded."""
-    own = {parameter.untyped_storage()._cdata for parameter in parameters}
-    storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no address comes twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            storages[storage._cdata] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        step()
-    return sum(storage.nbytes() for storage in storages.values())
 
 
 class _Counting(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""The command line: `fastconv info`, `train`, `tune`, `inspect`; one file for each command."""
+"""The command line: `fastconv info`, `train`, `tune`, `explain`, `inspect`; one file for each command."""
 
 from __future__ import annotations
 
