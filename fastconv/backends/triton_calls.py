@@ -251,14 +251,16 @@ def _norms(x: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
         operands = (x, None if training else (mean, var), weight, weight, x if training else None, 1e-5)
         saved = (x if training else None, (mean, var), weight, 1e-5, training)
         yield name, lambda operands=operands: triton.batch_norm_relu(*operands)  # type: ignore[misc]
-        yield f"{name} 2x2", lambda operands=operands: triton.batch_norm_relu_max_pool2d(*operands, pool)  # type: ignore[misc]
+        yield f"{name} 2x2", lambda operands=operands: triton.batch_norm_relu_max_pool2d(*operands, pool)  # type: ignore[misc, call-arg]
         yield (
             f"{name} backward",
-            lambda saved=saved, training=training: triton.batch_norm_relu_backward(x, x, *saved, None, True, training),  # type: ignore[misc]
+            lambda saved=saved, training=training: triton.batch_norm_relu_backward(  # type: ignore[misc, call-arg]
+                x, x, *saved, None, True, training
+            ),
         )
         yield (
             f"{name} 2x2 backward",
-            lambda saved=saved, training=training: triton.batch_norm_relu_backward(  # type: ignore[misc]
+            lambda saved=saved, training=training: triton.batch_norm_relu_backward(  # type: ignore[misc, call-arg]
                 pooled, code, *saved, pool, True, training
             ),
         )
