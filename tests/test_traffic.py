@@ -121,3 +121,33 @@ def test_explain_tells_what_runs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_explain_refuses(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["explain", *arguments]) == 1
     assert arguments[-2] in capsys.readouterr().err
+
+
+def test_every_family_is_counted() -> None:
+    """First layers, depthwise ones of both strides, groups, strides and batch normalisation, on three chips."""
+    with torch.device("meta"):
+        net = nn.Sequential(
+            nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            *(nn.Conv2d(32, 32, 3, padding=1, groups=32), nn.ReLU()),
+            *(nn.Conv2d(32, 32, 3, stride=2, padding=1, groups=32), nn.ReLU()),
+            *(nn.Conv2d(32, 32, 5, padding=2, groups=32), nn.ReLU()),
+            *(nn.Conv2d(32, 64, 3, padding=1, groups=8), nn.ReLU()),
+            *(nn.Conv2d(64, 64, 3, stride=2, padding=1), nn.ReLU()),
+            nn.AvgPool2d(2),
+        )
+        x = torch.empty(8, 3, 64, 64, dtype=torch.float16, memory_format=torch.channels_last)
+    net = net.to(dtype=torch.float16, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    for capability in (80, 90, 100):
+        moved = traffic.measure(convert(net), x, capability).moved
+        assert all(row.calls and row.tiles >= 0.9 * row.tensors for row in moved.values()), moved
+        for kernel in (
+            "depthwise_rows",
+            "depthwise_kernel",
+            "depthwise_dgrad",
+            "depthwise_wgrad_3x3",
+            "depthwise_wgrad_kernel",
+        ):
+            assert any(name.startswith(kernel) for name in moved), kernel
+        assert any(name.startswith("batch_norm") for name in moved)

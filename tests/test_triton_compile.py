@@ -26,6 +26,7 @@ from fastconv.backends import triton_inspect
 from fastconv.backends.triton_calls import Call, Recorded
 from fastconv.backends.triton_cubin import machine_code
 from fastconv.backends.triton_launch import launch, recording
+from fastconv.cli import main
 
 ROOT = Path(__file__).parents[1]
 # Instructions of the main loop on sm_90, a product of 256 pixels, 128 output channels and 64 summed channels in 16 bits,
@@ -107,6 +108,31 @@ def test_configurations_are_named_uniquely(compiled: list[dict[str, Any]]) -> No
     """A cubin's file name is made of them."""
     names = [triton_inspect.file_name(c) for c in compiled]
     assert len(set(names)) == len(names)
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    narrowed = ["inspect", "--arch", "sm_80", "--kernel", "global_avg_pool_kernel", "--processes", "1"]
+    files = ["--json", str(tmp_path / "a.json"), "--markdown", str(tmp_path / "a.md"), "--dump", str(tmp_path / "cubins")]
+    assert main([*narrowed, *files]) == 0
+    records = json.loads((tmp_path / "a.json").read_text())
+    assert len(records) == 3, "bfloat16 twice, float32"
+    assert {c["kernel"] for c in records} == {"global_avg_pool_kernel"} and {c["arch"] for c in records} == {"sm_80"}
+    counts = ("registers", "stack_bytes", "shared_bytes", "mma_count", "tma_loads", "loop_instructions")
+    assert all(isinstance(c[name], int) for c in records for name in counts)
+    cubins = {file.name for file in (tmp_path / "cubins").iterdir()}
+    assert cubins == {f"global_avg_pool_kernel.{c['config']}.sm_80.cubin" for c in records}
+    for text in (capsys.readouterr().out, (tmp_path / "a.md").read_text()):
+        assert f"Triton {triton.__version__}" in text and all(c["config"] in text for c in records)
+
+
+@pytest.mark.parametrize("option", [["--arch", "sm_70"], ["--kernel", "no_such_kernel"]], ids=" ".join)
+def test_command_refuses(option: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    if option[0] == "--arch":
+        with pytest.raises(SystemExit):
+            main(["inspect", *option])
+    else:
+        assert main(["inspect", "--processes", "1", *option]) == 1
+    assert option[1] in capsys.readouterr().err
 
 
 def test_descriptors_compile() -> None:
