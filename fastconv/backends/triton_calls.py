@@ -248,22 +248,14 @@ def _norms(x: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
     pooled, code = _map(pool.output_shape, x.dtype), _map(pool.output_shape, pool.code_dtype)
     for training in (True, False):
         name = "batch_norm" if training else "batch_norm by running statistics"
-        operands = (x, None if training else (mean, var), weight, weight, x if training else None, 1e-5)
-        saved = (x if training else None, (mean, var), weight, 1e-5, training)
-        yield name, lambda operands=operands: triton.batch_norm_relu(*operands)  # type: ignore[misc]
-        yield f"{name} 2x2", lambda operands=operands: triton.batch_norm_relu_max_pool2d(*operands, pool)  # type: ignore[misc, call-arg]
-        yield (
-            f"{name} backward",
-            lambda saved=saved, training=training: triton.batch_norm_relu_backward(  # type: ignore[misc, call-arg]
-                x, x, *saved, None, True, training
-            ),
-        )
-        yield (
-            f"{name} 2x2 backward",
-            lambda saved=saved, training=training: triton.batch_norm_relu_backward(  # type: ignore[misc, call-arg]
-                pooled, code, *saved, pool, True, training
-            ),
-        )
+        given, residual = (None, x) if training else ((mean, var), None)
+        forward = functools.partial(triton.batch_norm_relu, x, given, weight, weight, residual, 1e-5)
+        yield name, forward
+        yield f"{name} 2x2", functools.partial(triton.batch_norm_relu_max_pool2d, *forward.args, pool)
+        saved: tuple[Any, ...] = (x if training else None, (mean, var), weight, 1e-5, training)
+        yield f"{name} backward", functools.partial(triton.batch_norm_relu_backward, x, x, *saved, None, True, training)
+        pooled_backward = functools.partial(triton.batch_norm_relu_backward, pooled, code, *saved, pool, True, training)
+        yield f"{name} 2x2 backward", pooled_backward
     yield "batch_norm update", lambda: triton.batch_norm_update(mean, var, mean, var, 64, 0.1)
 
 
