@@ -59,10 +59,11 @@ MOMENTUM, EPS = 0.3, 1e-3
 
 
 def runs() -> Iterator[Any]:
+    """float16 differs from bfloat16 in the kernels' own conversions only."""
     for case in CASES:
-        for dtype in DTYPES:
-            for backend in ("triton", "native", "aten"):
-                for layout in LAYOUTS if dtype == torch.float32 else LAYOUTS[:1]:
+        for backend in ("triton", "native", "aten"):
+            for dtype in DTYPES if backend == "triton" else DTYPES[:2]:
+                for layout in LAYOUTS if dtype == torch.float32 and backend != "native" else LAYOUTS[:1]:
                     yield pytest.param(
                         case, dtype, backend, *layout.values, id=f"{case.name}-{ids(dtype)}-{backend}-{layout.id}"
                     )
@@ -266,10 +267,13 @@ def test_an_empty_batch(training: bool, backend: str) -> None:
 
 
 def test_on_a_cpu_native_serves_it() -> None:
-    x = torch.randn(2, 8, 4, 4).to(memory_format=torch.channels_last)
-    fastconv.backends.chosen.clear()
-    FC.batch_norm_relu(x, None, None, training=True)
-    assert fastconv.backends.chosen == {"native"}
+    """Contiguous maps stay with torch's own passes, unless a pool follows: aten would have to compute its codes."""
+    x = torch.randn(2, 8, 4, 4)
+    last = x.to(memory_format=torch.channels_last)
+    for pool, operand, served in (("", last, "native"), ("", x, "aten"), ("2x2", last, "native"), ("2x2", x, "native")):
+        fastconv.backends.chosen.clear()
+        call(FC, pool, operand, None, None, training=True)
+        assert fastconv.backends.chosen == {served}
     with fastconv.use_backend("native"), pytest.raises(RuntimeError, match=r"no kernels for torch\.float64"):
         FC.batch_norm_relu(x.double(), None, None, training=True)
 
@@ -279,7 +283,7 @@ NEEDS = {"input": (0,), "weight": (1,), "bias": (2,), "residual": (3,), "affine"
 
 @pytest.mark.parametrize("pool", ["", "2x2", "3x3_s2_p1"])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("backend", ["triton", "native", "aten"])
+@pytest.mark.parametrize("backend", ["triton", "native"])
 @pytest.mark.parametrize("needs", NEEDS)
 def test_only_needed_gradients(needs: str, backend: str, training: bool, pool: str) -> None:
     x, residual = (torch.randn(2, 5, 6, 7).to(memory_format=torch.channels_last) for _ in range(2))

@@ -78,8 +78,9 @@ def test_statistics(shape: tuple[int, int, int, int], dtype: torch.dtype, tiles:
     var64, mean64 = torch.var_mean(_double(x), (0, 2, 3), correction=0)
     count = x.numel() // x.shape[1]
     assert_close(mean.cpu(), mean64, torch.float32, 1, "mean")
-    # A lane's running mean is off by half a unit of the mean, which tells in each of its steps with a sign of its own.
-    assert_close(var.cpu(), var64, torch.float32, 100 * count, "variance", scale=1)
+    # Sums are of distances to the first value.
+    distance = (_double(x)[:1, :, 0, 0] - mean64).square().max().item()
+    assert_close(var.cpu(), var64, torch.float32, 2 * count, "variance", scale=1 + distance)
 
 
 @pytest.mark.parametrize("settings", [(True, True, True), (True, False, False), (False, True, False), (False, False, True)])
@@ -127,9 +128,11 @@ def test_backward(
 ) -> None:
     if pooled and min(shape[2:]) < 2:
         pytest.skip("no window fits")
-    if dtype != torch.float32 and (not _small(shape) or tiles == "tiles_of_a_gpu") and wanted != (True, True):
-        pytest.skip("half precision differs in its loads and stores only")
-    if not _small(shape) and (tiles == "tiles_of_a_gpu" or dtype != torch.float32):
+    if wanted != (True, True) and (dtype != torch.float32 or tiles == "tiles_of_a_gpu"):
+        pytest.skip("neither loads nor stores depend on what is wanted")
+    if not _small(shape) and dtype != torch.float32:
+        pytest.skip("steps of a loop do not depend on the dtype")
+    if tiles == "tiles_of_a_gpu" and (not _small(shape) or dtype == torch.float16 or (shape[0] == 1 and pooled)):
         pytest.skip("many programs")
     pool = _pool(shape) if pooled else None
     x = _random(shape, dtype)

@@ -58,7 +58,21 @@ def samples(op: str, device: str, layout: torch.memory_format) -> list[tuple[Any
         "avg_pool2d_backward": [(t(POOLED), list(X), *POOL, False, None, layout == torch.channels_last)],
         "global_avg_pool2d": [(t(X),), (t((3, 4, 1, 1)),)],
         "global_avg_pool2d_backward": [(t((2, 6, 1, 1)), 7, 8, layout == torch.channels_last)],
+        **norm_samples(t, codes, device),
     }[op]
+
+
+def norm_samples(t: Callable[..., Tensor], codes: Tensor, device: str) -> dict[str, list[tuple[Any, ...]]]:
+    mean, var, w, b = (torch.rand(X[1], device=device) + 0.5 for _ in range(4))
+    trained, evaluated = (None, None, w, b, t(X), True, 1e-5), (mean, var, None, None, None, False, 1e-5)
+    saved = [(t(X), mean, var, w, True, 1e-5), (None, mean, var, None, False, 1e-5)]
+    return {
+        "batch_norm_relu": [(t(X), *trained), (t(X), *evaluated)],
+        "batch_norm_relu_max_pool2d": [(t(X), *operands, *POOL) for operands in (trained, evaluated)],
+        "batch_norm_relu_backward": [(t(X), t(X), *s, *wanted) for s in saved for wanted in ((True, True), (False, True))],
+        "batch_norm_relu_max_pool2d_backward": [(t(POOLED), codes, list(X), *s, *POOL, True, True) for s in saved],
+        "batch_norm_update": [(mean, var, w, b, 112, 0.1)],
+    }
 
 
 OPERATORS = [
@@ -75,6 +89,11 @@ OPERATORS = [
     "avg_pool2d_backward",
     "global_avg_pool2d",
     "global_avg_pool2d_backward",
+    "batch_norm_relu",
+    "batch_norm_relu_max_pool2d",
+    "batch_norm_relu_backward",
+    "batch_norm_relu_max_pool2d_backward",
+    "batch_norm_update",
 ]
 
 

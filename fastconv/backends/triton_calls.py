@@ -7,8 +7,9 @@ A launcher that is no convolution's is called in `_passes`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor

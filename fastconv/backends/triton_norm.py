@@ -120,15 +120,16 @@ def _batch_statistics(x: Tensor) -> Statistics:
     pixels = x.numel() // channels
     blocks, programs, others, program_pixels = _split(x, pixels)
     rows = float32((2, programs, channels), x)
+    x = nhwc(x)
     sizes = {"pixels": pixels, "program_pixels": program_pixels}
     row_ptrs = {"mean_rows_ptr": rows[0], "squares_rows_ptr": rows[1]}
     kernel = jitted.batch_norm.batch_statistics_kernel
-    launch(kernel, (programs, others), x_ptr=nhwc(x), CHANNELS=channels, **row_ptrs, **sizes, **blocks)
+    launch(kernel, (programs, others), x_ptr=x, CHANNELS=channels, **row_ptrs, **sizes, **blocks)
     mean, var = float32((channels,), x), float32((channels,), x)
     blocks = tiles.rows(jitted.interpreted)
     sizes |= {"num_rows": programs, "channels": channels}
     kernel = jitted.batch_norm.combine_statistics_kernel
-    launch(kernel, (cdiv(channels, blocks["BLOCK_C"]),), mean_ptr=mean, var_ptr=var, **row_ptrs, **sizes, **blocks)
+    launch(kernel, (cdiv(channels, blocks["BLOCK_C"]),), x_ptr=x, mean_ptr=mean, var_ptr=var, **row_ptrs, **sizes, **blocks)
     return mean, var
 
 

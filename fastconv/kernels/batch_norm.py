@@ -12,6 +12,12 @@ from fastconv.kernels.coords import cast, flatten, is_update, relu, unflatten
 
 
 @triton.jit
+def _values(ptr, channel, is_channel):
+    """A value a channel, float32 [1, BLOCK_C]."""
+    return tl.load(ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
+
+
+@triton.jit
 def _combined(count, mean, squares):
     """(mean, sum of squared deviations) of groups of values given by theirs (Chan, Golub & LeVeque, 1979).
 
@@ -33,7 +39,9 @@ def batch_statistics_kernel(
     x_ptr, mean_rows_ptr, squares_rows_ptr, pixels, program_pixels,
     CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Mean and sum of squared deviations of x over each program's pixels, by Welford's update in every lane.
+    """Mean and sum of squared deviations of x − x[0] over each program's pixels, by Welford's update in every lane.
+
+    Any value of a channel is nearer to its mean than 0 may be: what is summed has no more digits than the deviations.
 
     Grid: (runs of program_pixels pixels, tiles of BLOCK_C channels).
     """
@@ -45,11 +53,13 @@ def batch_statistics_kernel(
     end = tl.minimum(start + program_pixels, pixels)
     mean = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
+    pivot = _values(x_ptr, channel, is_channel)
     for first in tl.range(start, end, BLOCK_M):
         pixel = first + lane
         is_pixel = (pixel < end)[:, None]
         x_ptrs = x_ptr + pixel.to(tl.int64)[:, None] * CHANNELS + channel[None, :]
         x = tl.load(x_ptrs, mask=is_pixel & is_channel[None, :], other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
+        x -= pivot
         seen = ((first - start) // BLOCK_M + 1).to(tl.float32)  # values of a lane, this one included
         delta = tl.where(is_pixel, x - mean, 0.0)
         mean += delta * (1.0 / seen)
@@ -63,7 +73,7 @@ def batch_statistics_kernel(
 
 @triton.jit
 def combine_statistics_kernel(
-    mean_rows_ptr, squares_rows_ptr, mean_ptr, var_ptr, num_rows, pixels, program_pixels, channels,
+    x_ptr, mean_rows_ptr, squares_rows_ptr, mean_ptr, var_ptr, num_rows, pixels, program_pixels, channels,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """mean[C] and biased var[C] from the rows of `batch_statistics_kernel`. Grid: tiles of BLOCK_C channels."""
@@ -87,7 +97,8 @@ def combine_statistics_kernel(
         mean += delta * share
         count += row_count
     center, total = _combined(count, mean, squares)
-    tl.store(mean_ptr + channel, center, mask=is_channel)
+    pivot = tl.load(x_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
+    tl.store(mean_ptr + channel, pivot + center, mask=is_channel)
     tl.store(var_ptr + channel, total / tl.cast(pixels, tl.float32), mask=is_channel)
 
 
@@ -110,12 +121,6 @@ def update_statistics_kernel(
     var = (1.0 - momentum) * running_var + momentum * var
     tl.store(running_mean_ptr + channel, cast(mean, running_mean_ptr.dtype.element_ty), mask=is_channel)
     tl.store(running_var_ptr + channel, cast(var, running_var_ptr.dtype.element_ty), mask=is_channel)
-
-
-@triton.jit
-def _values(ptr, channel, is_channel):
-    """A value a channel, float32 [1, BLOCK_C]."""
-    return tl.load(ptr + channel, mask=is_channel, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit

@@ -53,10 +53,11 @@ def candidates(
     """Every candidate for a call, in the order of a plain rule; aten is always among them.
 
     Kernels of ours read and write NHWC, so that an NCHW call pays one more pass over its input and one over its output,
-    as much as fusing bias, ReLU or pool saves: such calls stay with torch's own.
+    as much as fusing bias, ReLU or pool saves: such calls stay with torch's own. But for batch normalisation with a pool on
+    a CPU: torch normalises as the map lies, and only the pool behind it, for which aten has codes to compute, is NHWC.
     """
     if is_cpu(chip):
-        return (NATIVE, ATEN) if channels_last else (ATEN, NATIVE)
+        return (NATIVE, ATEN) if channels_last or op == "batch_norm_relu_max_pool2d" else (ATEN, NATIVE)
     ours: tuple[Candidate, ...] = (TRITON,)
     if isinstance(g, ConvGeometry):
         ours = () if policy.dtype == torch.float64 else triton_candidates(op, direction, g, policy, chip)
