@@ -60,6 +60,18 @@ def test_gradgradcheck(name: str) -> None:
         assert_close(got, want, torch.float64, 9 * 8 * 9 * 8, f"grad of {name}")
 
 
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_batched_gradients(name: str) -> None:
+    function, shapes = FUNCTIONS[name]
+    args = doubles(*shapes)
+    output = function(*args)
+    several = torch.randn(3, *output.shape, dtype=torch.float64)
+    batched = torch.autograd.grad(output, args, several, retain_graph=True, is_grads_batched=True)
+    for i, gradient in enumerate(several):
+        for got, want in zip(batched, torch.autograd.grad(output, args, gradient, retain_graph=True), strict=True):
+            assert_close(got[i], want, torch.float64, 2 * 7 * 6 * 9)
+
+
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_double_backward_on_every_backend(backend: str) -> None:
     """A gradient penalty: float32, channels_last, through fused kernels forward and differentiable torch ops back."""

@@ -221,3 +221,15 @@ def test_a_sequential_with_its_own_forward_is_not_fused() -> None:
     patched.forward = lambda x: patched[0](x)
     assert _kinds(convert(patched, inplace=True)) == [fast.Conv2d, nn.ReLU]
     assert _kinds(convert(Taps(_conv(), nn.ReLU(), nn.MaxPool2d(2)))) == [fast.Conv2d, nn.ReLU, fast.MaxPool2d]
+
+
+def test_a_sequential_that_is_more_than_one_becomes_no_chain() -> None:
+    patched, tapped, single = (
+        kind(*(fast.ConvReLU2d(3, 3, 1) for _ in range(count)))
+        for kind, count in ((nn.Sequential, 2), (Taps, 2), (nn.Sequential, 1))
+    )
+    patched.forward = lambda x: patched[0](x)
+    for model in (patched, tapped, single):
+        assert type(convert(model, inplace=True)) is type(model) is not fast.ConvChain
+    both = nn.Sequential(nn.Sequential(*(fast.ConvReLU2d(3, 3, 1) for _ in range(2))), nn.Sequential(_conv(), nn.ReLU()))
+    assert [type(part) for part in convert(both)] == [fast.ConvChain, nn.Sequential]

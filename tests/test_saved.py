@@ -26,8 +26,8 @@ def make(name: str, dtype: torch.dtype = torch.float32, *, scale: int = 1) -> tu
     x = torch.randn(2, 8, 16 * scale, 16 * scale).to(dtype, memory_format=torch.channels_last)
     layers, channels = [], 8
     for out_channels, window in CHAINS[name]:
-        weight = torch.randn(out_channels, channels, 3, 3).to(dtype, memory_format=torch.channels_last).requires_grad_()
-        bias = torch.randn(out_channels).to(dtype).requires_grad_()
+        weight = nn.Parameter(torch.randn(out_channels, channels, 3, 3).to(dtype, memory_format=torch.channels_last))
+        bias = nn.Parameter(torch.randn(out_channels).to(dtype))
         layers.append(ConvLayer(weight, bias, padding=1, pool_kernel_size=window))
         channels = out_channels
     return x, layers
@@ -68,6 +68,18 @@ def test_a_chain_saves_its_inputs_and_codes(name: str, dtype: torch.dtype) -> No
         expected += last.nbytes
     assert saved_bytes(lambda: FC.conv_chain(x, layers)) == expected
     assert saved_bytes(lambda: one_by_one(x, layers)) == expected
+
+
+def test_what_no_gradient_reads_is_not_saved() -> None:
+    """A frozen weight's input, unless a ReLU below is undone by it."""
+    x, layers = make("mixed")
+    maps = [x, *(one_by_one(x, layers[: i + 1]).detach() for i in range(4))]
+    layers[0].weight.requires_grad_(False)
+    layers[2].weight.requires_grad_(False)  # above a pool, whose code suffices
+    codes = (maps[2].numel(), maps[4].numel())
+    assert saved_bytes(lambda: FC.conv_chain(x, layers)) == maps[1].nbytes + maps[3].nbytes + sum(codes)
+    layers[1].weight.requires_grad_(False)  # above a ReLU that needs its output
+    assert saved_bytes(lambda: FC.conv_chain(x, layers)) == maps[1].nbytes + maps[3].nbytes + sum(codes)
 
 
 @pytest.mark.parametrize(

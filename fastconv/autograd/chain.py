@@ -130,7 +130,8 @@ class ConvChain(torch.autograd.Function):
                 undone, found[2 * i] = _through_relu(conv, before, input, weight, need_weight, needs[2 * i - 1])
             else:
                 grad, found[2 * i] = conv_grads(conv, before, input if need_weight else None, weight)
-            before, output = None, input if i > 0 and ctx.layers[i - 1][1] is None else None
+            del before
+            output = input if i > 0 and ctx.layers[i - 1][1] is None else None
         return (grad, None, None, *found)
 
 

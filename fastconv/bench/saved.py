@@ -14,9 +14,10 @@ def saved_bytes(step: Callable[[], object]) -> int:
     """Bytes that autograd keeps for the backward of `step`, which runs once; parameters aside.
 
     A storage counts once, as a whole, however many nodes save it or views of it: that is what stays allocated.
-    Parameters, leaves that need gradients and views of either exist anyway and are left out; copies of them in another
-    dtype, as autocast makes, count. So do inputs. Only shapes matter: the meta device gives the same number and computes
-    nothing. What a graph break, a checkpoint or a Function keeps by other ways than saved tensors is not seen.
+    Parameters (torch.nn's, frozen or not), leaves that need gradients and views of either exist anyway and are left out;
+    copies of them in another dtype, as autocast makes, count. So do inputs that need no gradient. Only shapes matter:
+    the meta device gives the same number and computes nothing. What a checkpoint or a Function keeps by other ways than
+    saved tensors is not seen.
 
     Args:
         step: a forward pass. Its result may be thrown away: what was saved is held until all is counted.

@@ -21,7 +21,8 @@ class ConvChain(torch.nn.Sequential):
     hooks, a patched forward or a padding_mode other than 'zeros'; and all members are while global hooks are registered
     and while torch.compile traces.
 
-    Backward is one node of the graph: the gradients of all layers of a run arrive together.
+    Backward is one node of the graph: the gradients of all layers of a run arrive together (hooks of DDP's buckets too),
+    and that of the output is held until then. Maps between two layers are nowhere to be seen, so none retains a gradient.
 
     Equal to:
         for module in self:
