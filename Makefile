@@ -4,6 +4,7 @@
 #   make test                       lint, and the tests that take minutes
 #   make verify                     the README as a newcomer types it, and the slow tests
 #   make lint                       ruff; mypy on the package
+#   make docs                       docs/kernels.md and docs/traffic.md: machine code and bytes of the Triton kernels, no GPU needed
 #   make gpu PART=tests             the tests and a layer timing that need an NVIDIA GPU; results under $(OUT)
 #   make clean                      remove what was built; .venv and runs/ stay
 #
@@ -42,7 +43,7 @@ export PIP_NO_INDEX := 1
 export PIP_BREAK_SYSTEM_PACKAGES := 1
 endif
 
-.PHONY: train test verify lint gpu clean install
+.PHONY: train test verify lint docs gpu clean install
 
 train: $(stamp)
 	$(python) -m fastconv.cli train $(ARGS)
@@ -69,6 +70,10 @@ else
 	  fi; \
 	done
 endif
+
+docs: $(stamp)
+	$(python) -m fastconv.cli explain --traffic --model vgg16,recipe --markdown docs/traffic.md
+	$(python) -m fastconv.cli inspect --arch sm_80,sm_90,sm_100 --markdown docs/kernels.md
 
 gpu: $(stamp)
 	@test "$(PART)" = tests || { echo "make gpu: PART must be tests, got PART=$(PART)" >&2; exit 2; }

@@ -1,7 +1,8 @@
-"""The calls whose kernels are compiled ahead of time: every candidate for representative layers, and every other launcher.
+"""The calls whose kernels are compiled ahead of time: representative layers' candidates, and every other launcher.
 
-Kernels that tuning lists among the candidates of a convolution are found by themselves, at the layers of LAYERS and with
-the arithmetic of POLICIES. A launcher that is no convolution's is called in `_passes`.
+Layers of VGG16, of the recipe net, of ResNet-50, ResNeXt and MobileNet. Of those in FULL every candidate that tuning lists
+is compiled; of the others, whose kernels differ in sizes and not in shapes of tiles, the one that tuning would launch.
+A launcher that is no convolution's is called in `_passes`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastconv import tuning
 from fastconv.backends import triton
 from fastconv.backends.triton_launch import Launch, recording
 from fastconv.geometry import ConvGeometry, PoolGeometry
@@ -53,25 +55,15 @@ class Layer(NamedTuple):
         )
 
 
-RECIPE_32 = (
-    Layer(3, 64, 32),
-    Layer(64, 64, 32, pool=True),
-    Layer(64, 128, 16),
-    Layer(128, 128, 16, pool=True),
-    Layer(128, 256, 8),
-    Layer(256, 256, 8, pool=True),
-    Layer(256, 512, 4),
-    Layer(512, 512, 4),
-)
-RECIPE_224 = (
+# Every family of kernels, and every shape of a box: maps of 7 and 14 take images by the dozen, with a pool inside of rows.
+FULL = (
     Layer(3, 64, 224, pool=True, kernel=7, stride=2),
     Layer(64, 64, 56, pool=True),
-    Layer(64, 128, 28),
     Layer(128, 128, 28, pool=True),
-    Layer(128, 256, 14),
     Layer(256, 256, 14, pool=True),
-    Layer(256, 512, 7),
-    Layer(512, 512, 7),
+    Layer(128, 128, 56, stride=2),
+    Layer(128, 128, 56, groups=32),
+    Layer(96, 96, 56, groups=96),
 )
 VGG16 = (
     Layer(3, 64, 224),
@@ -84,27 +76,38 @@ VGG16 = (
     Layer(512, 512, 28, pool=True),
     Layer(512, 512, 14, pool=True),
 )
+# At 224, with those of FULL; and at 32.
+RECIPE = (
+    Layer(64, 128, 28),
+    Layer(128, 256, 14),
+    Layer(256, 512, 7),
+    Layer(512, 512, 7),
+    Layer(3, 64, 32),
+    Layer(64, 64, 32, pool=True),
+    Layer(128, 128, 16, pool=True),
+    Layer(256, 256, 8, pool=True),
+    Layer(512, 512, 4),
+)
 OTHERS = (
-    Layer(64, 64, 56, stride=2),
-    Layer(64, 128, 56, kernel=1, stride=2),
+    Layer(64, 64, 56, residual=True),
+    Layer(256, 512, 56, kernel=1, stride=2),
+    Layer(512, 512, 7, pool=True),
     Layer(128, 128, 28, dilation=2),
-    Layer(128, 128, 28, residual=True),
-    Layer(128, 128, 28, groups=4),
-    Layer(256, 256, 14, groups=32),
-    Layer(128, 128, 56, groups=32),
-    Layer(96, 96, 28, groups=96),
+    Layer(96, 96, 112, stride=2, groups=96),
     Layer(96, 96, 28, kernel=5, stride=2, groups=96),
-    Layer(3, 32, 224, pool=True, stride=2),
+    Layer(3, 32, 224, stride=2),
+    Layer(128, 128, 28, groups=4),
     Layer(21, 35, 9, pool=True),
     Layer(16, 24, 28),
 )
-# Other arithmetic changes operands and products, not the shapes of tiles: a few layers show it.
+# Other arithmetic changes operands and products: a layer shows it.
 FEW = (Layer(128, 128, 28, pool=True), Layer(3, 64, 32))
-POLICIES: tuple[tuple[Policy, tuple[Layer, ...]], ...] = (
-    (Policy(torch.bfloat16), (*RECIPE_32, *RECIPE_224, *VGG16, *OTHERS)),
-    (Policy(torch.float16), FEW),
-    (Policy(torch.float32), FEW),
-    (Policy(torch.float32, tf32=True), FEW),
+# (arithmetic, layers of which every candidate, layers of which one)
+POLICIES: tuple[tuple[Policy, tuple[Layer, ...], tuple[Layer, ...]], ...] = (
+    (Policy(torch.bfloat16), FULL, (*VGG16, *RECIPE, *OTHERS)),
+    (Policy(torch.float16), (), FEW),
+    (Policy(torch.float32, tf32=True), (), FEW),
+    (Policy(torch.float32), (), FEW),
 )
 
 
@@ -118,6 +121,7 @@ class Call(NamedTuple):
         family: of the kernels, as in tuning's candidates; '' where there is only one.
         groups: of the convolution.
         channels: of a group: the fewer of its inputs and outputs.
+        is_first: whether tuning would take this candidate, without a table; so for all passes.
         run: calls the launcher with tensors on the meta device.
     """
 
@@ -127,6 +131,7 @@ class Call(NamedTuple):
     family: str
     groups: int
     channels: int
+    is_first: bool
     run: Callable[[], object]
 
 
@@ -136,27 +141,44 @@ class Recorded(NamedTuple):
 
 
 def record(capability: int) -> list[Recorded]:
-    """What the launchers launch on a chip of that compute capability, every call of this file once."""
+    """What the launchers launch on a chip of that compute capability, every call of this file once.
+
+    Of a candidate that tuning would not take first, only launches of a form that no call before had.
+    """
     found: list[Recorded] = []
+    seen = set()
     with recording(capability) as launches:
         for call in _calls(f"sm_{capability}"):
             launches.clear()
             call.run()
-            found += [Recorded(call, launch) for launch in launches]
+            for launch in launches:
+                form = (call.dtype, *_form(launch))
+                if call.is_first or form not in seen:
+                    found.append(Recorded(call, launch))
+                seen.add(form)
     return found
 
 
+def _form(launch: Launch) -> tuple[object, ...]:
+    """What tells kernels apart but for sizes: tile, switches, which operands there are, and how boxes lie."""
+    arguments = launch.arguments.items()
+    switches = tuple((name, value) for name, value in arguments if value is None or isinstance(value, (bool, str)))
+    ranks = tuple(len(value.block_shape) for _, value in arguments if hasattr(value, "block_shape"))
+    return (launch.kernel, launch.tile, switches, ranks)
+
+
 def _calls(chip: str) -> Iterator[Call]:
-    for policy, layers in POLICIES:
-        for layer in layers:
-            yield from _convolution(layer, policy, chip)
+    for policy, full, others in POLICIES:
+        for layer in (*full, *others):
+            yield from _convolution(layer, policy, chip, every=layer in full)
     whole, odd = (_BATCH, 64, 56, 56), (2, 21, 9, 9)
     for shape, dtype in ((whole, torch.bfloat16), (odd, torch.bfloat16), (whole, torch.float32)):
         for name, run in _passes(shape, dtype):
-            yield Call(f"{name} {shape[1]}@{shape[2]}", _dtype_name(Policy(dtype)), "", "", 1, shape[1], run)
+            yield Call(f"{name} {shape[1]}@{shape[2]}", _dtype_name(Policy(dtype)), "", "", 1, shape[1], True, run)
 
 
-def _convolution(layer: Layer, policy: Policy, chip: str) -> Iterator[Call]:
+def _convolution(layer: Layer, policy: Policy, chip: str, every: bool) -> Iterator[Call]:
+    """Calls of a layer with a candidate each: every one of every direction, or what the layer of a net takes."""
     g = layer.geometry
     x, weight, grad = (_map(shape, policy.dtype) for shape in (g.input_shape, g.weight_shape, g.output_shape))
     bias = torch.empty(layer.out_channels, dtype=policy.dtype, device="meta")
@@ -172,22 +194,31 @@ def _convolution(layer: Layer, policy: Policy, chip: str) -> Iterator[Call]:
     def input_grad(plan: Candidate) -> object:
         return triton.conv2d_input_grad(grad, weight, g, policy, plan=plan)
 
-    def weight_grad(plan: Candidate) -> object:
-        return triton.conv2d_weight_grad(grad, x, g, policy, plan=plan)
-
     def masked_input_grad(plan: Candidate) -> object:
         return triton.conv2d_input_grad_relu(grad, weight, x, g, policy, with_bias=True, plan=plan)
 
-    launchers: list[tuple[str, str, Callable[[Candidate], object]]] = [("forward", "conv2d_relu", forward)]
-    launchers += [("pooled forward", "conv2d_relu_max_pool2d", pooled)] if layer.pool else []
+    def weight_grad(plan: Candidate) -> object:
+        return triton.conv2d_weight_grad(grad, x, g, policy, plan=plan)
+
+    launchers: list[tuple[str, str, Callable[[Candidate], object]]] = []
+    if not layer.pool:
+        launchers.append(("forward", "conv2d_relu", forward))
+    if layer.pool:
+        launchers.append(("pooled forward", "conv2d_relu_max_pool2d", pooled))
     if layer.in_channels > 3:  # not wanted of a first layer
-        launchers += [("input_grad", "conv2d", input_grad), ("masked input_grad", "conv2d_relu", masked_input_grad)]
-    launchers += [("weight_grad", "conv2d", weight_grad)]
+        # A net widens behind a pool, which undoes the ReLU below by itself.
+        if layer.in_channels != layer.out_channels:
+            launchers.append(("input_grad", "conv2d", input_grad))
+        if layer.in_channels == layer.out_channels:
+            launchers.append(("masked input_grad", "conv2d_relu", masked_input_grad))
+    launchers.append(("weight_grad", "conv2d", weight_grad))
     channels = min(g.group_in_channels, g.group_out_channels)
     for name, op, launcher in launchers:
         direction = name.split()[-1]
-        for plan in triton_candidates(op, direction, g, policy, chip):
-            what = (f"{layer.name} {name}", _dtype_name(policy), direction, plan.kernel, g.groups, channels)
+        listed = triton_candidates(op, direction, g, policy, chip)
+        first = next(plan for plan in tuning.pick(op, direction, g, policy, chip) if plan in listed)
+        for plan in listed if every else (first,):
+            what = (f"{layer.name} {name}", _dtype_name(policy), direction, plan.kernel, g.groups, channels, plan == first)
             yield Call(*what, lambda launcher=launcher, plan=plan: launcher(plan))  # type: ignore[misc]
 
 
@@ -219,13 +250,17 @@ def _norms(x: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
     for training in (True, False):
         name = "batch_norm" if training else "batch_norm by running statistics"
         given, residual = (None, x) if training else ((mean, var), None)
-        forward = functools.partial(triton.batch_norm_relu, x, given, weight, weight, residual, 1e-5)
-        yield name, forward
-        yield f"{name} 2x2", functools.partial(triton.batch_norm_relu_max_pool2d, *forward.args, pool)
+        operands: tuple[Any, ...] = (x, given, weight, weight, residual, 1e-5)
         saved: tuple[Any, ...] = (x if training else None, (mean, var), weight, 1e-5, training)
-        yield f"{name} backward", functools.partial(triton.batch_norm_relu_backward, x, x, *saved, None, True, training)
-        pooled_backward = functools.partial(triton.batch_norm_relu_backward, pooled, code, *saved, pool, True, training)
-        yield f"{name} 2x2 backward", pooled_backward
+        wanted = (True, training)
+        calls: dict[str, tuple[Callable[..., object], tuple[Any, ...]]] = {
+            "": (triton.batch_norm_relu, operands),
+            " 2x2": (triton.batch_norm_relu_max_pool2d, (*operands, pool)),
+            " backward": (triton.batch_norm_relu_backward, (x, x, *saved, None, *wanted)),
+            " 2x2 backward": (triton.batch_norm_relu_backward, (pooled, code, *saved, pool, *wanted)),
+        }
+        for suffix, (launcher, arguments) in calls.items():
+            yield f"{name}{suffix}", functools.partial(launcher, *arguments)
     yield "batch_norm update", lambda: triton.batch_norm_update(mean, var, mean, var, 64, 0.1)
 
 

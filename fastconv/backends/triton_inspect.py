@@ -33,6 +33,7 @@ SHARED_LIMIT = {capability: shared_memory(capability) for capability in CAPABILI
 def inspect(
     capabilities: Sequence[int],
     kernel: str = "",
+    first_only: bool = False,
     dump: Path | None = None,
     processes: int = 2,
     progress: Callable[[int, int], None] | None = None,
@@ -45,13 +46,14 @@ def inspect(
     Args:
         capabilities: of the chips, 90 for sm_90.
         kernel: only kernels whose name contains this.
+        first_only: only candidates that tuning would take first, and passes.
         dump: a folder for the cubins, <kernel>.<config>.<arch>.cubin.
         processes: how many compile at a time.
         progress: called with (kernels compiled, kernels to compile).
 
     Returns:
         A record for each: kernel, config, arch, dtype, shared_bytes, what `machine_code` finds, and the call: call, family,
-        direction, groups, channels, tile.
+        direction, groups, channels, is_first, tile.
 
     Raises:
         RuntimeError: a kernel does not compile.
@@ -63,7 +65,7 @@ def inspect(
         folder.mkdir(parents=True, exist_ok=True)
 
         def work(_: int) -> None:
-            with _Worker(capabilities, kernel, folder, cache=temporary) as worker:
+            with _Worker(capabilities, kernel, first_only, folder, cache=temporary) as worker:
                 for index in order:
                     if index >= worker.jobs:
                         return
@@ -89,11 +91,12 @@ def file_name(record: dict[str, Any]) -> str:
 class _Worker:
     """A process that compiles the jobs whose numbers it is told."""
 
-    def __init__(self, capabilities: Sequence[int], kernel: str, folder: Path, cache: str) -> None:
+    def __init__(self, capabilities: Sequence[int], kernel: str, first_only: bool, folder: Path, cache: str) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         paths = (str(Path(__file__).parents[2]), environment.get("PYTHONPATH"))
         environment |= {"TRITON_CACHE_DIR": cache, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
         command = [sys.executable, "-m", __name__, str(folder), *map(str, capabilities), "--kernel", kernel]
+        command += ["--first"] if first_only else []
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (__exit__ closes it)
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=environment
@@ -143,24 +146,22 @@ class Job(NamedTuple):
     @property
     def config(self) -> str:
         """The tile's sides, stages and warps, and a digest of everything that the kernel was specialised for."""
-        names = {"NUM_STAGES": "s", "num_stages": "s", "num_warps": "w"}
-        tile = self.tile
-        sides = [f"{name.removeprefix('BLOCK_').lower()}{size}" for name, size in tile.items() if name not in names]
-        more = [f"{short}{tile[name]}" for name, short in names.items() if name in tile]
-        return "-".join([*sides, *more, hashlib.sha256(self.key.encode()).hexdigest()[:6]])
-
-    @property
-    def tile(self) -> dict[str, int]:
-        found = {name: value for name, value in self.launch.arguments.items() if name.startswith(("BLOCK_", "NUM_", "num_"))}
-        return {name: value for name, value in found.items() if name in ("num_warps", "num_stages") or name.isupper()}
+        parts = (_SHORT.get(name, name.removeprefix("BLOCK_").lower()) + str(size) for name, size in self.launch.tile)
+        usual = {f"{_SHORT[name]}{size}" for name, size in _USUAL.items()}
+        digest = hashlib.sha256(self.key.encode()).hexdigest()[:6]
+        return "-".join([*(part for part in parts if part not in usual), digest])
 
 
-def jobs(capabilities: Sequence[int], kernel: str = "") -> list[Job]:
+_SHORT = {"NUM_STAGES": "s", "num_stages": "s", "num_warps": "w", "PACK": "pack", "SWAP": "swap", "BATCH_INNER": "inner"}
+_USUAL = {"PACK": 1, "SWAP": 1, "BATCH_INNER": 0}
+
+
+def jobs(capabilities: Sequence[int], kernel: str = "", first_only: bool = False) -> list[Job]:
     """What there is to compile, in the order of the calls."""
     found: dict[tuple[int, str], Job] = {}
     for capability in capabilities:
         for recorded in record(capability):
-            if kernel not in recorded.launch.kernel.__name__:
+            if kernel not in recorded.launch.kernel.__name__ or (first_only and not recorded.call.is_first):
                 continue
             job = specialise(recorded, capability)
             known = found.setdefault((capability, job.key), job)
@@ -208,7 +209,8 @@ def compile_job(job: Job, folder: Path) -> dict[str, Any]:
         "direction": call.direction,
         "groups": call.groups,
         "channels": call.channels,
-        "tile": job.tile,
+        "is_first": call.is_first,
+        "tile": dict(job.launch.tile),
     }
     (folder / file_name(found)).write_bytes(result.asm["cubin"])
     return found
@@ -226,8 +228,9 @@ def _main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("capabilities", type=int, nargs="+")
     parser.add_argument("--kernel", default="")
+    parser.add_argument("--first", action="store_true")
     options = parser.parse_args()
-    todo = jobs(options.capabilities, options.kernel)
+    todo = jobs(options.capabilities, options.kernel, options.first)
     print(len(todo), flush=True)
     for line in sys.stdin:
         print(json.dumps(compile_job(todo[int(line)], options.folder)), flush=True)

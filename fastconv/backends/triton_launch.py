@@ -29,6 +29,13 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     arguments: dict[str, Any]
 
+    @property
+    def tile(self) -> tuple[tuple[str, int], ...]:
+        """The sides of the tile, stages and warps, as a plan's config names them."""
+        return tuple((name, value) for name, value in self.arguments.items() if name in _TILE or name.startswith("BLOCK_"))
+
+
+_TILE = ("PACK", "SWAP", "BATCH_INNER", "NUM_STAGES", "num_stages", "num_warps")
 
 # Of the full data-centre chip of each generation, for recordings.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}

@@ -1,4 +1,4 @@
-"""The command line: `fastconv info`, `train`, `tune`, `inspect`; one file for each command."""
+"""The command line: `fastconv info`, `train`, `tune`, `explain`, `inspect`; one file for each command."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fastconv.cli import info, inspect, train, tune
+from fastconv.cli import explain, info, inspect, train, tune
 
-_COMMANDS = (info, train, tune, inspect)
+_COMMANDS = (info, train, tune, explain, inspect)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -36,14 +36,15 @@ def add(commands: Any) -> None:
         "inspect",
         help="compile every Triton kernel ahead of time and read its machine code",
         description=(
-            "Compile the Triton kernels as the layers of the recipe net, of VGG16 and of a few others launch them, for "
-            "chips that need not be there, and print registers, stack, shared memory and tensor-core instructions of "
-            "each. Takes about half a minute for a chip on two cores."
+            "Compile the Triton kernels as layers of VGG16, the recipe net, ResNet-50, ResNeXt and MobileNet launch them, "
+            "for chips that need not be there, and print registers, stack, shared memory and tensor-core instructions of "
+            "each. A chip takes about a minute on two cores."
         ),
     )
     option = parser.add_argument
     option("--arch", type=_architectures, default="sm_90", metavar="SM,...", help="sm_80, sm_90, sm_100 (default: sm_90)")
     option("--kernel", default="", metavar="TEXT", help="only kernels whose name contains this")
+    option("--first", action="store_true", help="only what tuning would launch: no other candidates")
     option("--json", type=Path, metavar="FILE", help="write the records as JSON")
     option("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
     option("--dump", type=Path, metavar="DIR", help="write the cubins, <kernel>.<config>.<arch>.cubin")
@@ -67,7 +68,7 @@ def run(options: argparse.Namespace) -> None:
     from fastconv.backends.triton_inspect import inspect
 
     start = time.monotonic()
-    records = inspect(options.arch, options.kernel, options.dump, options.processes, _progress)
+    records = inspect(options.arch, options.kernel, options.first, options.dump, options.processes, _progress)
     seconds = time.monotonic() - start
     if not records:
         raise ValueError(f"--kernel {options.kernel}: no kernel has this in its name")
@@ -114,7 +115,12 @@ def markdown(records: Sequence[dict[str, Any]], triton_version: str) -> str:
         "# What the Triton kernels compile to",
         "",
         f"Written by `make docs` (`fastconv inspect`); Triton {triton_version}. No GPU was there; nothing here is a time.",
-        f"{_LEGEND[0].upper()}{_LEGEND[1:]}.",
+        "Of seven layers every candidate that `fastconv.tuning` lists is compiled, but each form (tile, operands, switches)",
+        "once; of the others, which differ in sizes, the candidate that tuning takes first on that chip. Which layers they",
+        "are stands in `fastconv/backends/triton_calls.py`.",
+        "",
+        f"{_LEGEND[0].upper()}{_LEGEND[1:]}. A config is the tile's sides, stages (s) and warps (w), and a digest",
+        "of all that the kernel was specialised for.",
     ]
     for kernel, group in by_kernel(records).items():
         lines += ["", f"## {kernel}", "", "| " + " | ".join(_COLUMNS.values()) + " |"]

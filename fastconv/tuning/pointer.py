@@ -59,7 +59,10 @@ def _product(reduction: int, outputs: int, pixels: int, policy: Policy, capabili
         sides_nm = [(likely_n, likely_m), (128, 128), (128, 64), (64, 128), (64, 64), (32, 128), (32, 64)]
         # Addresses of single elements take the registers of 64 accumulators a thread, TF32's operands those of 128.
         if is_wide(reduction, policy):
-            sides_nm += [(64, 256), (128, 256)] if policy.dtype.itemsize == 2 else [(64, 256)]
+            sides_nm.append((64, 256))
+            # 128 accumulators a thread, which spill where operands come through registers.
+            if policy.dtype.itemsize == 2 and capability >= 90:
+                sides_nm.append((128, 256))
         shapes = [(n, m, block_k, 3, 0) for n, m in sides_nm]
         shapes += [(likely_n, likely_m, block_k, 4, 0)]
     configs = []
