@@ -216,13 +216,16 @@ def _norms(x: Tensor) -> Iterator[tuple[str, Callable[[], object]]]:
     for training in (True, False):
         name = "batch_norm" if training else "batch_norm by running statistics"
         given, residual = (None, x) if training else ((mean, var), None)
-        forward = functools.partial(triton.batch_norm_relu, x, given, weight, weight, residual, 1e-5)
-        yield name, forward
-        yield f"{name} 2x2", functools.partial(triton.batch_norm_relu_max_pool2d, *forward.args, pool)
+        operands: tuple[Any, ...] = (x, given, weight, weight, residual, 1e-5)
         saved: tuple[Any, ...] = (x if training else None, (mean, var), weight, 1e-5, training)
-        yield f"{name} backward", functools.partial(triton.batch_norm_relu_backward, x, x, *saved, None, True, training)
-        pooled_backward = functools.partial(triton.batch_norm_relu_backward, pooled, code, *saved, pool, True, training)
-        yield f"{name} 2x2 backward", pooled_backward
+        passes: tuple[tuple[str, Callable[..., object], tuple[Any, ...]], ...] = (
+            ("", triton.batch_norm_relu, operands),
+            (" 2x2", triton.batch_norm_relu_max_pool2d, (*operands, pool)),
+            (" backward", triton.batch_norm_relu_backward, (x, x, *saved, None, True, training)),
+            (" 2x2 backward", triton.batch_norm_relu_backward, (pooled, code, *saved, pool, True, training)),
+        )
+        for tail, launcher, arguments in passes:
+            yield name + tail, functools.partial(launcher, *arguments)
     yield "batch_norm update", lambda: triton.batch_norm_update(mean, var, mean, var, 64, 0.1)
 
 
