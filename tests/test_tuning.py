@@ -14,7 +14,7 @@ from tuned import BF16, CHIP, FP32, call, conv, entry, put
 import fastconv.functional as FC
 from fastconv import backends, reference, tuning
 from fastconv.backends import triton
-from fastconv.backends.triton_calls import OTHERS, RECIPE_32, RECIPE_224, VGG16
+from fastconv.backends.triton_calls import FULL, OTHERS, RECIPE, VGG16
 from fastconv.backends.triton_launch import recording
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
@@ -23,7 +23,7 @@ from fastconv.tuning.calls import CONVOLUTIONS
 from fastconv.tuning.candidates import ATEN, NATIVE
 from fastconv.tuning.sides import product_splits, shared_bytes, shared_memory
 
-LAYERS = (*RECIPE_32, *RECIPE_224, *VGG16, *OTHERS)
+LAYERS = (*FULL, *VGG16, *RECIPE, *OTHERS)
 pytestmark = pytest.mark.usefixtures("cache")
 
 
