@@ -23,7 +23,9 @@ def candidates(direction: str, g: ConvGeometry, policy: Policy, capability: int 
     widest = max(g.group_in_channels, g.group_out_channels)
     if g.groups == 1 or widest == 1 or widest >= _WIDTHS[-1]:
         return
-    for pack in _packs(g, widest, policy.dtype.itemsize):
+    # Without tensor cores a product of 64 channels a step is too long a program, where groups are few and wide anyway.
+    largest = _WIDTHS[-1] if capability is None or has_tensor_cores(policy) else _WIDTHS[-2]
+    for pack in _packs(g, widest, largest, policy.dtype.itemsize):
         if direction == "weight_grad":
             yield _weight_grad(g, policy, pack, capability)
         elif direction == "input_grad":
@@ -33,10 +35,12 @@ def candidates(direction: str, g: ConvGeometry, policy: Policy, capability: int 
             yield _product(pack, g.group_in_channels, g.group_out_channels, g.out_pixels, policy, capability)
 
 
-def _packs(g: ConvGeometry, widest: int, itemsize: int) -> list[int]:
+def _packs(g: ConvGeometry, widest: int, largest: int, itemsize: int) -> list[int]:
     """Groups to a tile. Few multiply few zeros; but a tile should begin at a whole vector of 16 bytes."""
     most = min(power_of_two(g.groups), _MOST_GROUPS)
-    packs = dict.fromkeys(min(most, power_of_two(width // widest + 1) // 2) for width in _WIDTHS if width >= widest)
+    packs = dict.fromkeys(
+        min(most, power_of_two(width // widest + 1) // 2) for width in _WIDTHS if widest <= width <= largest
+    )
 
     def is_unaligned(pack: int) -> bool:
         return any(pack * channels * itemsize % VECTOR_BYTES for channels in (g.group_in_channels, g.group_out_channels))
@@ -52,7 +56,9 @@ def _product(pack: int, reduction: int, outputs: int, pixels: int, policy: Polic
         return {**sides, "SWAP": 1, "BLOCK_M": 64, "NUM_STAGES": 3, "num_warps": 4}
     swapped = swap(sides["BLOCK_N"], policy, capability)
     warps = 8 if sides["BLOCK_N"] == 64 else 4  # registers for the weights' addresses, one for each element
-    return {**sides, "SWAP": swapped, "BLOCK_M": 128, "NUM_STAGES": 4, "num_warps": warps}
+    # As many bytes in either precision, which every chip's registers and shared memory hold.
+    block_m, stages = 256 // policy.dtype.itemsize, 8 // policy.dtype.itemsize
+    return {**sides, "SWAP": swapped, "BLOCK_M": block_m, "NUM_STAGES": stages, "num_warps": warps}
 
 
 def _weight_grad(g: ConvGeometry, policy: Policy, pack: int, capability: int | None) -> dict[str, int]:
