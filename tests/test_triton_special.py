@@ -317,7 +317,7 @@ def _count_binaries() -> dict[str, int]:
             x = (batch, in_channels, side, side)
             g = ConvGeometry.of("conv", x, shape, None, (stride,) * 2, (kernel // 2,) * 2, (1, 1), groups)
             for call, launch in _launches(g, policy):
-                job = triton_inspect.specialise(Recorded(Call(*call[:6], lambda: None), launch), 90)
+                job = triton_inspect.specialise(Recorded(Call(*call[:6], True, lambda: None), launch), 90)
                 found[f"{shape} {call} {launch.kernel.__name__}"].add(job.key + repr(job.attributes))
     return {name: len(keys) for name, keys in found.items()}
 
