@@ -32,8 +32,6 @@ ROOT = Path(__file__).parents[1]
 # Instructions of the main loop on sm_90, a product of 256 pixels, 128 output channels and 64 summed channels in 16 bits,
 # whatever its epilogue: one more would be work done on every step.
 MAIN_TILE, MAIN_LOOP = (256, 128, 64), 115
-# Bytes that a thread of these spills, by kernel, call and architecture: ptxas stops at 80 registers. Slow, not wrong.
-SPILLS = {("conv_fprop_kernel", "256-512@56 1x1/2 forward", "sm_80"): 16}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +60,7 @@ def test_families_and_arithmetic(compiled: list[dict[str, Any]]) -> None:
 
 
 def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
-    spilling = [c for c in compiled if c["stack_bytes"] > SPILLS.get((c["kernel"], c["call"], c["arch"]), 0)]
-    assert [_label(c) for c in spilling] == []
+    assert [_label(c) for c in compiled if c["stack_bytes"]] == []
 
 
 def test_shared_memory_fits(compiled: list[dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ def candidates(direction: str, g: ConvGeometry, policy: Policy, capability: int 
     """
     if direction == "weight_grad":
         return _weight_grad(g, policy, capability)
-    return _product(*product_sizes(direction, g), policy, capability)
+    return _product(direction, g, policy, capability)
 
 
 def product_sizes(direction: str, g: ConvGeometry) -> tuple[int, int, int]:
@@ -44,8 +44,9 @@ def product_sizes(direction: str, g: ConvGeometry) -> tuple[int, int, int]:
     return g.group_in_channels, g.group_out_channels, g.out_pixels
 
 
-def _product(reduction: int, outputs: int, pixels: int, policy: Policy, capability: int | None) -> list[dict[str, int]]:
-    """Forward and input gradient: `outputs` channels × `pixels`, summed over taps × `reduction` channels."""
+def _product(direction: str, g: ConvGeometry, policy: Policy, capability: int | None) -> list[dict[str, int]]:
+    """Forward and input gradient: channels × pixels, summed over taps × channels."""
+    reduction, outputs, pixels = product_sizes(direction, g)
     if capability is None:
         sides = {"BLOCK_N": side(outputs, 128), "BLOCK_M": side(pixels, 512), "BLOCK_K": side(reduction, 128)}
         return [{**sides, "SWAP": 1, "NUM_STAGES": 1}]
@@ -65,12 +66,15 @@ def _product(reduction: int, outputs: int, pixels: int, policy: Policy, capabili
                 sides_nm.append((128, 256))
         shapes = [(n, m, block_k, 3, 0) for n, m in sides_nm]
         shapes += [(likely_n, likely_m, block_k, 4, 0)]
+    # To 8 warps that step over a 1 × 1 window ptxas gives 80 registers on sm_80, and spills.
+    is_starved = capability < 90 and direction == "forward" and g.taps == 1 and g.stride != (1, 1)
     configs = []
     for block_n, block_m, block_k, stages, warps in shapes:
         block_n = side(outputs, block_n)
         sides = {"BLOCK_N": block_n, "BLOCK_M": block_m, "BLOCK_K": block_k}
         config = {**sides, "SWAP": swap(block_n, policy, capability), "NUM_STAGES": stages}
-        config["num_warps"] = warps or _warps(block_n * block_m * (1 if is_wide(reduction, policy) else 2))
+        accumulators = block_n * block_m * (1 if is_wide(reduction, policy) else 2)
+        config["num_warps"] = warps or (4 if is_starved and accumulators == 64 * 128 else _warps(accumulators))
         configs.append(config)
     return _valid(configs, pixels)
 
