@@ -84,9 +84,9 @@ def depthwise_rows_kernel(
         weight_0 = tl.load(weight_ptrs, mask=is_channel, other=0.0).to(tl.float32)[None, :]
         weight_1 = tl.load(weight_ptrs + TAPS_APART, mask=is_channel, other=0.0).to(tl.float32)[None, :]
         weight_2 = tl.load(weight_ptrs + 2 * TAPS_APART, mask=is_channel, other=0.0).to(tl.float32)[None, :]
-        is_column = inside(left + column, width)
         for row in tl.static_range(6):
-            x_mask = (is_column & inside(top + row, height))[:, None] & is_channel[None, :]
+            row_width = tl.where(inside(top + row, height), width, 0)
+            x_mask = inside(left + column, row_width)[:, None] & is_channel[None, :]
             x_offset = tl.cast(row * width + column, tl.int64) * CHANNELS
             x = tl.load(x_ptrs + x_offset, mask=x_mask, other=0.0).to(tl.float32)  # [BLOCK_M, BLOCK_C]
             if row <= 2:
@@ -100,7 +100,7 @@ def depthwise_rows_kernel(
     pixel = (n * out_height + first_row) * out_width + out_column
     for row in tl.static_range(4):
         acc = acc_0 if row == 0 else (acc_1 if row == 1 else (acc_2 if row == 2 else acc_3))
-        is_pixel = (out_column < out_width) & (first_row + row < out_height)
+        is_pixel = out_column < tl.where(first_row + row < out_height, out_width, 0)
         store_map(
             tl.trans(acc), bias_ptr, residual_ptr, y_ptr, pixel + row * out_width, is_pixel, channel, is_channel,
             CHANNELS, RELU,
