@@ -205,6 +205,23 @@ def test_nonfinite_forward(shape: tuple[int, int, int, int], dtype: torch.dtype)
         assert torch.equal(code, expected_code), str(plan)
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("shape", [(3, 16, 7, 7), (2, 16, 5, 13), (1, 16, 27, 9)], ids=str)
+def test_nonfinite_weight_grad(shape: tuple[int, int, int, int], stride: int) -> None:
+    """Only taps that see a NaN or an infinity have one; tiles and boxes of a GPU overhang these maps."""
+    shape = (*shape[:2], *(size * stride for size in shape[2:]))
+    g = ConvGeometry.of("conv", shape, (16, 16, 3, 3), None, (stride, stride), (1, 1), (1, 1), 1)
+    x, grad = _random(shape, torch.float32), _random(g.output_shape, torch.float32)
+    x[0, 3, -1, -1], x[-1, 5, 0, -1], x[0, 7, -1, 0] = float("inf"), float("-inf"), float("nan")
+    expected = _oracle(aten.conv2d_weight_grad, grad, x, g, POLICY)
+    tf32 = Policy(torch.float32, tf32=True)  # so that descriptors are among the plans
+    plans = (*_plans("conv2d", "weight_grad", g, POLICY), *triton_candidates("conv2d", "weight_grad", g, tf32, "sm_90"))
+    assert {"tma", "pointer"} <= {plan.kernel for plan in plans}
+    for plan in plans:
+        grad_weight = triton.conv2d_weight_grad(grad, x, g, POLICY, plan)
+        assert_close(grad_weight.cpu(), expected, torch.float32, g.out_pixels, str(plan))
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=ids)
 @pytest.mark.parametrize("name", ["3x3", "3x3_s2", "two_blocks_of_channels", "dilation_2"])
 def test_input_grad_closed_by_the_layer_below(name: str, dtype: torch.dtype) -> None:

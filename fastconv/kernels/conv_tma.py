@@ -159,12 +159,49 @@ def conv_dgrad_strided_tma_kernel(
     grad_x_desc.store(place, tl.reshape(grad_x, (BLOCK_B, BLOCK_H, 1, BLOCK_W, BLOCK_N)))
 
 
-@triton.jit(do_not_specialize=["boxes_h", "boxes_w", "boxes", "split_boxes"])
+@triton.jit
+def _sum_boxes(
+    grad_desc, x_desc, boxes_h, boxes_w, start, end, first_out, first_channel, tap_row, tap_column, out_height, out_width,
+    CHANNELS: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
+    ROWS_JOIN: tl.constexpr, MASKED: tl.constexpr,
+    BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """gradᵀ · x [BLOCK_N, BLOCK_C] over boxes start to end; with MASKED, over pixels of the gradient's map only."""
+    BLOCK_P: tl.constexpr = BLOCK_B * BLOCK_H * BLOCK_W
+    # Coordinates are carried from box to box, since a division costs more than a step's product.
+    n, row, column = box_origin(start, boxes_h, boxes_w, BLOCK_B, BLOCK_H, BLOCK_W)
+    acc = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
+    for _ in tl.range(start, end, num_stages=NUM_STAGES):
+        if ROWS_JOIN:
+            grad = grad_desc.load([(n * boxes_h * BLOCK_H + row) * BLOCK_W, first_out])
+        else:
+            grad = tl.reshape(grad_desc.load([n, row, column, first_out]), (BLOCK_P, BLOCK_N))
+        x = load_box(
+            x_desc, n, row, column, tap_row, tap_column, first_channel, CHANNELS, STRIDE_H, STRIDE_W, PAD_H, PAD_W, False
+        )
+        x = tl.reshape(x, (BLOCK_P, BLOCK_C))
+        if MASKED:
+            pixel = tl.arange(0, BLOCK_P)
+            is_inside = (row + pixel // BLOCK_W % BLOCK_H < out_height) & (column + pixel % BLOCK_W < out_width)
+            x = tl.where(is_inside[:, None], x, 0.0)
+        acc = tl.dot(tl.trans(operand(grad)), operand(x), acc, input_precision=PRECISION)
+        column += BLOCK_W
+        carry = (column >= boxes_w * BLOCK_W).to(tl.int32)
+        column *= 1 - carry
+        row += carry * BLOCK_H
+        carry = (row >= boxes_h * BLOCK_H).to(tl.int32)
+        row *= 1 - carry
+        n += carry * BLOCK_B
+    return acc
+
+
+@triton.jit(do_not_specialize=["boxes_h", "boxes_w", "boxes", "split_boxes", "out_height", "out_width"])
 def conv_wgrad_tma_kernel(
-    grad_desc, x_desc, slab_ptr, boxes_h, boxes_w, boxes, split_boxes,
+    grad_desc, x_desc, slab_ptr, boxes_h, boxes_w, boxes, split_boxes, out_height, out_width,
     CHANNELS: tl.constexpr, OUT_CHANNELS: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr,
-    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, ROWS_JOIN: tl.constexpr,
+    DILATION_H: tl.constexpr, DILATION_W: tl.constexpr, ROWS_JOIN: tl.constexpr, OVERHANGS: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -177,7 +214,6 @@ def conv_wgrad_tma_kernel(
     """
     BLOCKS_N: tl.constexpr = (OUT_CHANNELS + BLOCK_N - 1) // BLOCK_N
     BLOCKS_C: tl.constexpr = (CHANNELS + BLOCK_C - 1) // BLOCK_C
-    BLOCK_P: tl.constexpr = BLOCK_B * BLOCK_H * BLOCK_W
     program = tl.program_id(0)
     split = tl.program_id(1)
     first_out = program % BLOCKS_N * BLOCK_N
@@ -187,26 +223,20 @@ def conv_wgrad_tma_kernel(
     tap_column = tap % KW * DILATION_W
 
     start = split * split_boxes
-    # Coordinates are carried from box to box, since a division costs more than a step's product.
-    n, row, column = box_origin(start, boxes_h, boxes_w, BLOCK_B, BLOCK_H, BLOCK_W)
-    acc = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
-    for _ in tl.range(start, tl.minimum(start + split_boxes, boxes), num_stages=NUM_STAGES):
-        if ROWS_JOIN:
-            grad = grad_desc.load([(n * boxes_h * BLOCK_H + row) * BLOCK_W, first_out])
-        else:
-            grad = tl.reshape(grad_desc.load([n, row, column, first_out]), (BLOCK_P, BLOCK_N))
-        x = load_box(
-            x_desc, n, row, column, tap_row, tap_column, first_channel, CHANNELS, STRIDE_H, STRIDE_W, PAD_H, PAD_W, False
-        )
-        x = tl.reshape(x, (BLOCK_P, BLOCK_C))
-        acc = tl.dot(tl.trans(operand(grad)), operand(x), acc, input_precision=PRECISION)
-        column += BLOCK_W
-        carry = (column >= boxes_w * BLOCK_W).to(tl.int32)
-        column *= 1 - carry
-        row += carry * BLOCK_H
-        carry = (row >= boxes_h * BLOCK_H).to(tl.int32)
-        row *= 1 - carry
-        n += carry * BLOCK_B
+    end = tl.minimum(start + split_boxes, boxes)
+    acc = _sum_boxes(
+        grad_desc, x_desc, boxes_h, boxes_w, start, end, first_out, first_channel, tap_row, tap_column, 0, 0,
+        CHANNELS, STRIDE_H, STRIDE_W, PAD_H, PAD_W, ROWS_JOIN, False,
+        BLOCK_B, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, NUM_STAGES, PRECISION,
+    )  # fmt: skip
+    if OVERHANGS:
+        # What a tap sees from beyond the gradient's border is multiplied by zero, which is not zero where it is infinite.
+        if tl.max(tl.max((acc != acc).to(tl.int32), axis=1), axis=0) > 0:
+            acc = _sum_boxes(
+                grad_desc, x_desc, boxes_h, boxes_w, start, end, first_out, first_channel, tap_row, tap_column,
+                out_height, out_width, CHANNELS, STRIDE_H, STRIDE_W, PAD_H, PAD_W, ROWS_JOIN, True,
+                BLOCK_B, BLOCK_H, BLOCK_W, BLOCK_N, BLOCK_C, 1, PRECISION,
+            )  # fmt: skip
 
     out_channel = first_out + tl.arange(0, BLOCK_N)
     channel = first_channel + tl.arange(0, BLOCK_C)
