@@ -34,7 +34,7 @@ def _combined(count, mean, squares):
     return center, total - tl.sum(count, axis=0) * off * off
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "program_pixels"])
 def batch_statistics_kernel(
     x_ptr, mean_rows_ptr, squares_rows_ptr, pixels, program_pixels,
     CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -50,7 +50,7 @@ def batch_statistics_kernel(
     is_channel = channel < CHANNELS
     lane = tl.arange(0, BLOCK_M)
     start = program * program_pixels
-    end = tl.minimum(start + program_pixels, pixels)
+    end = start + tl.minimum(program_pixels, pixels - start)
     mean = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     squares = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     pivot = _values(x_ptr, channel, is_channel)
@@ -71,7 +71,7 @@ def batch_statistics_kernel(
     tl.store(squares_rows_ptr + row, total, mask=is_channel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "pixels", "program_pixels"])
 def combine_statistics_kernel(
     x_ptr, mean_rows_ptr, squares_rows_ptr, mean_ptr, var_ptr, num_rows, pixels, program_pixels, channels,
     BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -136,7 +136,7 @@ def _scale(var_ptr, weight_ptr, channel, is_channel, eps):
     return scale
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def batch_norm_kernel(
     x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, eps, pixels,
     CHANNELS: tl.constexpr, RELU: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -161,7 +161,7 @@ def batch_norm_kernel(
     tl.store(y_ptr + offset, cast(y, y_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "pixels"])
 def batch_norm_pool_kernel(
     x_ptr, mean_ptr, var_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, code_ptr, eps,
     height, width, out_height, out_width, pixels,
@@ -198,7 +198,7 @@ def batch_norm_pool_kernel(
     tl.store(code_ptr + pooled, code.to(tl.uint8), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "program_pixels"])
 def batch_norm_sums_kernel(
     grad_ptr, gate_ptr, x_ptr, mean_ptr, var_ptr, rows_ptr, eps, pixels, program_pixels,
     CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -214,7 +214,7 @@ def batch_norm_sums_kernel(
     is_channel = channel < CHANNELS
     lane = tl.arange(0, BLOCK_M)
     start = program * program_pixels
-    end = tl.minimum(start + program_pixels, pixels)
+    end = start + tl.minimum(program_pixels, pixels - start)
     mean = _values(mean_ptr, channel, is_channel)
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     acc_x = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
@@ -231,7 +231,7 @@ def batch_norm_sums_kernel(
     _store_sums(rows_ptr, var_ptr, acc, acc_x, program, channel, is_channel, eps, CHANNELS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "pixels", "program_pixels"])
 def batch_norm_pool_sums_kernel(
     grad_ptr, code_ptr, x_ptr, mean_ptr, var_ptr, rows_ptr, eps,
     height, width, out_height, out_width, pixels, program_pixels,
@@ -243,7 +243,7 @@ def batch_norm_pool_sums_kernel(
     is_channel = channel < CHANNELS
     lane = tl.arange(0, BLOCK_M)
     start = program * program_pixels
-    end = tl.minimum(start + program_pixels, pixels)
+    end = start + tl.minimum(program_pixels, pixels - start)
     mean = _values(mean_ptr, channel, is_channel)
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     acc_x = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
@@ -292,7 +292,7 @@ def _input_grad_terms(mean_ptr, var_ptr, sums_ptr, channel, is_channel, eps, inv
     return _values(mean_ptr, channel, is_channel), grad_mean, slope * _inverse_deviation(var_ptr, channel, is_channel, eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels"])
 def batch_norm_input_grad_kernel(
     grad_ptr, gate_ptr, x_ptr, mean_ptr, var_ptr, weight_ptr, sums_ptr, grad_x_ptr, residual_grad_ptr,
     eps, inverse_count, pixels,
@@ -324,7 +324,7 @@ def batch_norm_input_grad_kernel(
     tl.store(grad_x_ptr + offset, cast(grad_x, grad_x_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "window_height", "window_width", "windows"])
 def batch_norm_pool_input_grad_kernel(
     grad_ptr, code_ptr, x_ptr, mean_ptr, var_ptr, weight_ptr, sums_ptr, grad_x_ptr, residual_grad_ptr,
     eps, inverse_count, height, width, out_height, out_width, window_height, window_width, windows,

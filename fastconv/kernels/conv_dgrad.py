@@ -30,13 +30,14 @@ def _sum_taps(
         acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     else:
         acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    row_taps = tl.maximum(taps_w, 1)  # a phase without taps makes no step, yet its first loads are computed ahead
     for step in tl.range(0, taps_h * taps_w * blocks_k, num_stages=NUM_STAGES):
         tap = step // BLOCKS_K
         first = step % BLOCKS_K * BLOCK_K
-        up = tap // taps_w * OUT_STEP_H
-        back = tap % taps_w * OUT_STEP_W
-        tap_h = first_h + tap // taps_w * TAP_STEP_H
-        tap_w = first_w + tap % taps_w * TAP_STEP_W
+        up = tap // row_taps * OUT_STEP_H
+        back = tap % row_taps * OUT_STEP_W
+        tap_h = first_h + tap // row_taps * TAP_STEP_H
+        tap_w = first_w + tap % row_taps * TAP_STEP_W
         is_grad = (inside(out_row - up, out_height) & inside(out_column - back, out_width))[:, None]
         is_weight = weight_mask
         if grad_mask is not None:

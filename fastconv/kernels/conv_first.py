@@ -229,7 +229,7 @@ def conv_first_wgrad_kernel(
     x_ptrs = padded_ptr + lane_pixel[:, None] * PADDED_CHANNELS + (tap_pixel * PADDED_CHANNELS + channel)[None, :]
     grad_ptrs = grad_ptr + (lane_row * out_width + lane_col).to(tl.int64)[:, None] * OUT_CHANNELS + out_channel[None, :]
     start = split * split_tiles
-    end = tl.minimum(start + split_tiles, tiles)
+    end = start + tl.minimum(split_tiles, tiles - start)
     n, tile_h, tile_w = unflatten(start, tiles_h, tiles_w)
     if SWAP:
         acc = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)

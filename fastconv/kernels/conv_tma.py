@@ -7,20 +7,7 @@ outside a map reads as zero and is not stored, so that nothing needs a mask.
 import triton
 import triton.language as tl
 
-from fastconv.kernels.coords import box_origin, cast, is_update, load_box, operand, relu
-
-
-@triton.jit
-def _max_2x2(acc, BLOCK_N: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(maximum, code of the winner) of the 2×2 windows of acc[BLOCK_N, ROWS · COLUMNS], both [BLOCK_N, windows]."""
-    left, right = tl.split(tl.reshape(acc, (BLOCK_N, ROWS // 2, 2, COLUMNS // 2, 2)))
-    is_right = is_update(right, left)  # [BLOCK_N, ROWS / 2, 2, COLUMNS / 2]
-    upper, lower = tl.split(tl.permute(tl.where(is_right, right, left), (0, 1, 3, 2)))
-    upper_code, lower_code = tl.split(tl.permute(is_right.to(tl.int32), (0, 1, 3, 2)))
-    is_lower = is_update(lower, upper)
-    best = tl.where(is_lower, lower, upper)
-    code = tl.where(is_lower, lower_code + 3, upper_code + 1)
-    return tl.reshape(best, (BLOCK_N, ROWS * COLUMNS // 4)), tl.reshape(code, (BLOCK_N, ROWS * COLUMNS // 4))
+from fastconv.kernels.coords import box_origin, cast, load_box, max_2x2, operand, relu
 
 
 # Sizes of maps and batches share one binary.
@@ -70,9 +57,9 @@ def conv_tma_kernel(
     if code_desc is not None:
         # Bias and ReLU are monotone: they come after the maximum, on a quarter of the values.
         if BATCH_INNER:
-            acc, code = _max_2x2(acc, BLOCK_N, BLOCK_H, BLOCK_B * BLOCK_W)
+            acc, code = max_2x2(acc, BLOCK_N, BLOCK_H, BLOCK_B * BLOCK_W)
         else:
-            acc, code = _max_2x2(acc, BLOCK_N, BLOCK_B * BLOCK_H, BLOCK_W)
+            acc, code = max_2x2(acc, BLOCK_N, BLOCK_B * BLOCK_H, BLOCK_W)
     if bias_ptr is not None:
         out_channel = first_out + tl.arange(0, BLOCK_N)
         acc += tl.load(bias_ptr + out_channel, mask=out_channel < OUT_CHANNELS, other=0.0).to(tl.float32)[:, None]
@@ -137,11 +124,12 @@ def conv_dgrad_strided_tma_kernel(
     taps_w = (KW - phase_w + STRIDE_W - 1) // STRIDE_W
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    row_taps = tl.maximum(taps_w, 1)  # a phase without taps makes no step, yet its first loads are computed ahead
     for step in tl.range(0, taps_h * taps_w * blocks_k, num_stages=NUM_STAGES):
         tap = step // BLOCKS_K
         out_channel = step % BLOCKS_K * BLOCK_K
-        up = tap // taps_w
-        back = tap % taps_w
+        up = tap // row_taps
+        back = tap % row_taps
         weight_tap = (phase_h + up * STRIDE_H) * KW + phase_w + back * STRIDE_W
         grad = tl.reshape(grad_desc.load([n, out_row - up, out_column - back, out_channel]), (BLOCK_M, BLOCK_K))
         weight = tl.reshape(weight_desc.load([weight_tap, out_channel, first_channel]), (BLOCK_K, BLOCK_N))
@@ -223,7 +211,7 @@ def conv_wgrad_tma_kernel(
     tap_column = tap % KW * DILATION_W
 
     start = split * split_boxes
-    end = tl.minimum(start + split_boxes, boxes)
+    end = start + tl.minimum(split_boxes, boxes - start)
     acc = _sum_boxes(
         grad_desc, x_desc, boxes_h, boxes_w, start, end, first_out, first_channel, tap_row, tap_column, 0, 0,
         CHANNELS, STRIDE_H, STRIDE_W, PAD_H, PAD_W, ROWS_JOIN, False,

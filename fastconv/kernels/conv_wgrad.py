@@ -60,7 +60,7 @@ def conv_wgrad_kernel(
         tap_column = tap_column[None, :]
 
     start = split * split_pixels
-    end = tl.minimum(start + split_pixels, pixels)
+    end = start + tl.minimum(split_pixels, pixels - start)
     lane = tl.arange(0, BLOCK_P)
     n, row, col = unflatten(start + lane, out_height, out_width)
     step_n, step_row, step_col = unflatten(BLOCK_P, out_height, out_width)

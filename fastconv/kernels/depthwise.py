@@ -162,7 +162,7 @@ def depthwise_wgrad_kernel(
     split = tl.program_id(0)
     tap = tl.program_id(2)
     start = split * split_pixels
-    end = tl.minimum(start + split_pixels, pixels)
+    end = start + tl.minimum(split_pixels, pixels - start)
     lane = tl.arange(0, BLOCK_M)
     n, row, column = unflatten(start + lane, out_height, out_width)
     step_n, step_row, step_column = unflatten(BLOCK_M, out_height, out_width)
@@ -195,7 +195,7 @@ def depthwise_wgrad_3x3_kernel(
     channel, is_channel = _channels(CHANNELS, BLOCK_C)
     split = tl.program_id(0)
     start = split * split_pixels
-    end = tl.minimum(start + split_pixels, pixels)
+    end = start + tl.minimum(split_pixels, pixels - start)
     lane = tl.arange(0, BLOCK_M)
     n, row, column = unflatten(start + lane, out_height, out_width)
     step_n, step_row, step_column = unflatten(BLOCK_M, out_height, out_width)

@@ -9,7 +9,7 @@ import triton.language as tl
 from fastconv.kernels.coords import cast, flatten, unflatten
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pixels", "program_pixels"])
 def relu_backward_kernel(
     grad_ptr, gate_ptr, masked_ptr, partial_ptr, pixels, program_pixels,
     CHANNELS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -24,7 +24,7 @@ def relu_backward_kernel(
     is_channel = channel < CHANNELS
     lane = tl.arange(0, BLOCK_M)
     start = program * program_pixels
-    end = tl.minimum(start + program_pixels, pixels)
+    end = start + tl.minimum(program_pixels, pixels - start)
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     for first in tl.range(start, end, BLOCK_M):
         pixel = first + lane
@@ -42,7 +42,18 @@ def relu_backward_kernel(
         tl.store(partial_ptrs, tl.sum(acc, axis=0), mask=is_channel)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=[
+        "height",
+        "width",
+        "out_height",
+        "out_width",
+        "window_height",
+        "window_width",
+        "windows",
+        "program_windows",
+    ]
+)
 def unpool_kernel(
     grad_ptr, code_ptr, grad_x_ptr, partial_ptr,
     height, width, out_height, out_width, window_height, window_width, windows, program_windows,
@@ -60,7 +71,7 @@ def unpool_kernel(
     is_channel = channel < CHANNELS
     lane = tl.arange(0, BLOCK_M)
     start = program * program_windows
-    end = tl.minimum(start + program_windows, windows)
+    end = start + tl.minimum(program_windows, windows - start)
     acc = tl.zeros((BLOCK_M, BLOCK_C), dtype=tl.float32)
     for first in tl.range(start, end, BLOCK_M):
         window = first + lane
