@@ -97,7 +97,7 @@ def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, po
 def conv2d_backward_relu(
     grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    grad = nhwc(grad)
+    grad, x = nhwc(grad), nhwc(x)
     masked, bias = conv2d_input_grad_relu(grad, weight, x, g, policy, with_bias)
     return masked, conv2d_weight_grad(grad, x, g, policy), bias
 

@@ -37,7 +37,7 @@ class Launch(NamedTuple):
 
 _TILE = ("PACK", "SWAP", "BATCH_INNER", "NUM_STAGES", "num_stages", "num_warps")
 
-# Of the full data-centre chip of each generation, for recordings.
+# Of the data-centre product of each generation, for recordings.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 
 _recorded: list[Launch] | None = None
@@ -110,7 +110,7 @@ def _launch_compiled(kernel: Any, grid: tuple[int, ...], device_index: int | Non
         return
     compiled = kernel[grid](**arguments)
     if len(_compiled) >= _MOST_COMPILED:
-        _compiled.clear()
+        _compiled.pop(next(iter(_compiled)))
     _compiled[key] = (compiled[(*grid, 1, 1)[:3]], kernel.arg_names)
 
 
@@ -118,12 +118,14 @@ def _specialisation(argument: Any) -> Any:
     """All of an argument that the machine code may depend on."""
     if type(argument) in _VALUES:
         return argument
+    if type(argument) is float:
+        return float
     if isinstance(argument, Tensor):
         return argument.dtype, argument.data_ptr() % _ALIGNMENT == 0
     return argument.base.dtype, *argument.block_shape, getattr(argument, "round_f32_to_tf32", False)
 
 
-_VALUES = frozenset({int, bool, str, float, type(None)})
+_VALUES = frozenset({int, bool, str, type(None)})
 _ALIGNMENT = 16  # bytes: of addresses for which Triton compiles kernels of their own
 _MOST_COMPILED = 4096
 _compiled: dict[tuple[Any, ...], tuple[Callable[..., None], list[str]]] = {}

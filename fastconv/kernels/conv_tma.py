@@ -219,7 +219,7 @@ def conv_wgrad_tma_kernel(
     )  # fmt: skip
     if OVERHANGS:
         # What a tap sees from beyond the gradient's border is multiplied by zero, which is not zero where it is infinite.
-        if tl.max(tl.max((acc != acc).to(tl.int32), axis=1), axis=0) > 0:
+        if tl.max((acc != acc).to(tl.int32), axis=None) > 0:
             acc = _sum_boxes(
                 grad_desc, x_desc, boxes_h, boxes_w, start, end, first_out, first_channel, tap_row, tap_column,
                 out_height, out_width, CHANNELS, STRIDE_H, STRIDE_W, PAD_H, PAD_W, ROWS_JOIN, True,

@@ -12,7 +12,7 @@ from fastconv.precision import Policy
 PROGRAMS_PER_PROCESSOR = 4
 INTERPRETED_PROGRAMS = 2
 
-# What one load of a thread takes.
+# What one load of a thread takes; addresses and strides that are multiples of it suit wide loads and descriptors.
 VECTOR_BYTES = 16
 
 # That sm_90's tensor cores multiply at a time; tiles of fewer run on those of sm_80, at half the rate.
@@ -29,6 +29,10 @@ _SHARED_MEMORY = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_44
 
 def cdiv(dividend: int, divisor: int) -> int:
     return -(-dividend // divisor)
+
+
+def round_up(size: int, side: int) -> int:
+    return cdiv(size, side) * side
 
 
 def power_of_two(size: int) -> int:

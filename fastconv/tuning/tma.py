@@ -11,11 +11,11 @@ import torch
 
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
+from fastconv.tuning.sides import VECTOR_BYTES, power_of_two, round_up
 
 FAMILY = "tma"
 Box = tuple[int, int, int]
 
-_ALIGNMENT = 16  # bytes: of every stride of a descriptor
 _ROW_BYTES = 128  # of a box's innermost side: what one line of shared memory swizzles
 _SIDES = (1, 2, 4, 8, 16)
 _LARGEST_SIDE = 256  # of a box
@@ -54,18 +54,18 @@ def candidates(op: str, direction: str, g: ConvGeometry, policy: Policy, capabil
         height, width = g.height // g.stride_h, g.width // g.stride_w
     else:
         height, width = g.out_height, g.out_width
-    block_k = min(line, _power_of_two(reduction))
+    block_k = min(line, power_of_two(reduction))
     # With a stride over columns the channels of the next column follow: a block must not reach into them.
     if g.stride_w > 1 and not is_input_grad:
         block_k = min(block_k, reduction & -reduction)
     tiles: tuple[tuple[int, int, int, int], ...] = _HALF_TILES if itemsize == 2 else _SINGLE_TILES
     if capability is None:
-        pixels = min(_power_of_two(g.batch * height * width), _INTERPRETED_PIXELS)
-        tiles = ((min(128, max(16, _power_of_two(outputs))), max(16, pixels), 4, 1),)
+        pixels = min(power_of_two(g.batch * height * width), _INTERPRETED_PIXELS)
+        tiles = ((min(128, max(16, power_of_two(outputs))), max(16, pixels), 4, 1),)
     seen = set()
     for block_n, pixels, warps, stages in tiles:
         if capability is not None:
-            block_n = min(block_n, max(64, _power_of_two(outputs)))
+            block_n = min(block_n, max(64, power_of_two(outputs)))
         if g.stride_w > 1 and is_input_grad:
             block_n = min(block_n, outputs & -outputs)
         sides = box(pixels, g.batch, height, width, is_pooled)
@@ -76,7 +76,9 @@ def candidates(op: str, direction: str, g: ConvGeometry, policy: Policy, capabil
         config = {"BLOCK_B": block_b, "BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_N": block_n, "BLOCK_K": block_k}
         # A 2×2 window of a box that is two columns wide lies in one thread only if images come inside of rows.
         config["BATCH_INNER"] = int(is_pooled and block_w == 2 and g.stride == (1, 1))
-        yield {**config, "NUM_STAGES": stages, "num_warps": warps}
+        # sm_100 keeps sums in a memory of their own, out of which four warps read more of a mask's tile than registers hold.
+        is_starved = capability is not None and capability >= 100 and is_input_grad and block_n * pixels == 128 * 128
+        yield {**config, "NUM_STAGES": stages, "num_warps": 8 if is_starved else warps}
 
 
 def _takes(op: str, direction: str, g: ConvGeometry, policy: Policy, capability: int | None) -> bool:
@@ -86,11 +88,11 @@ def _takes(op: str, direction: str, g: ConvGeometry, policy: Policy, capability:
     if (
         g.groups != 1
         or g.in_channels < 16
-        or g.in_channels * itemsize % _ALIGNMENT
-        or g.out_channels * itemsize % _ALIGNMENT
+        or g.in_channels * itemsize % VECTOR_BYTES
+        or g.out_channels * itemsize % VECTOR_BYTES
     ):
         return False
-    if op == "conv2d_relu_max_pool2d" and g.out_channels % _ALIGNMENT:  # its codes are bytes
+    if op == "conv2d_relu_max_pool2d" and g.out_channels % VECTOR_BYTES:  # its codes are bytes
         return False
     if g.stride == (1, 1):
         return True
@@ -103,18 +105,19 @@ def _weight_grad(g: ConvGeometry, policy: Policy, capability: int | None) -> Ite
     pixels = _BOX_PIXELS * 2 // policy.dtype.itemsize
     tiles: tuple[tuple[int, int, int, int], ...] = _WEIGHT_TILES if policy.dtype.itemsize == 2 else ((64, 64, 4, 4),)
     if capability is None:
-        pixels = min(max(16, _power_of_two(g.out_pixels // 2)), _INTERPRETED_PIXELS)
+        pixels = min(max(16, power_of_two(g.out_pixels // 2)), _INTERPRETED_PIXELS)
         tiles = ((128, 128, 4, 1),)
     least = 16 if capability is None else 64
     seen = set()
     for largest_n, largest_c, warps, stages in tiles:
-        block_n = min(largest_n, max(least, _power_of_two(g.out_channels)))
-        block_c = min(largest_c, max(16, _power_of_two(g.in_channels)))
+        block_n = min(largest_n, max(least, power_of_two(g.out_channels)))
+        block_c = min(largest_c, max(16, power_of_two(g.in_channels)))
         for block_b, block_h, block_w in _weight_boxes(pixels, g):
             if (block_n, block_c, block_h, block_w) not in seen:
                 seen.add((block_n, block_c, block_h, block_w))
                 sides = {"BLOCK_B": block_b, "BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_N": block_n, "BLOCK_C": block_c}
-                yield {**sides, "NUM_STAGES": stages, "num_warps": warps}
+                # A tile that few channels have made smaller is too small for so many.
+                yield {**sides, "NUM_STAGES": stages, "num_warps": warps if block_n * block_c == 128 * 128 else 4}
 
 
 def _weight_boxes(pixels: int, g: ConvGeometry) -> Iterator[Box]:
@@ -146,15 +149,7 @@ def box(pixels: int, batch: int, height: int, width: int, is_pooled: bool) -> Bo
     for rows, columns in product(_SIDES, _SIDES):
         images = pixels // (rows * columns)
         if min(rows, columns) >= least and 1 <= images <= _LARGEST_SIDE:
-            covered[images, rows, columns] = _up(batch, images) * _up(height, rows) * _up(width, columns)
+            covered[images, rows, columns] = round_up(batch, images) * round_up(height, rows) * round_up(width, columns)
     limit = _SLACK * min(covered.values(), default=0)
     near = (sides for sides, size in covered.items() if size <= limit)
     return min(near, key=lambda sides: (abs(math.log2(sides[1] / sides[2])), sides[0], -sides[2]), default=None)
-
-
-def _up(size: int, side: int) -> int:
-    return -(-size // side) * side
-
-
-def _power_of_two(size: int) -> int:
-    return 1 << (size - 1).bit_length()
