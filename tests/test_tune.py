@@ -229,6 +229,33 @@ def test_results_are_kept_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(tables.read(path, backends.chip("cpu"))) == 2
 
 
+def test_a_search_that_is_stopped_is_effective(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"native": 2e-3, "aten": 1e-3}
+    monkeypatch.setattr(tune, "compare", lambda calls, **_: {name: tune.Timing((seconds[name],) * 3) for name in calls})
+    calls = tune.Counter([_call(), _call("conv2d", "weight_grad")])
+    assert tuning.pick(*_call())[0] == NATIVE
+    measurements = tune.tune(calls, CPU, tables.user_file(backends.chip("cpu")), budget=0.01)
+    next(measurements)
+    measurements.close()
+    assert tuning.pick(*_call())[0] == ATEN
+
+
+def test_a_call_without_an_exact_result_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of float64 operands, which need the most memory of all."""
+    conv2d = aten.conv2d
+
+    def full(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if x.dtype == torch.float64:
+            raise torch.OutOfMemoryError("out of memory")
+        return conv2d(x, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(aten, "conv2d", full)
+    measurement = tune.measure(_call(), CPU, 1e-3)
+    assert measurement.rejected.keys() == {NATIVE, ATEN}
+    assert all("float64" in reason and "out of memory" in reason for reason in measurement.rejected.values())
+    assert measurement.entry() is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
