@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tuned import BF16, FP32
 
 import fastconv
@@ -306,37 +306,3 @@ def test_a_foreign_table_is_found_before_anything_is_measured(tmp_path: Path, ca
     assert main(["tune", "--device", "cpu", "--input", "1x3x4x4", "--out", str(out)]) == 1
     assert "it was measured on 'NVIDIA A100 sm_80'" in capsys.readouterr().err
     assert out.read_text() == before
-
-
-def _right(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, g: ConvGeometry) -> Tensor:
-    output = nn.functional.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
-    return (output if residual is None else output + residual).relu()
-
-
-def test_cudnns_relu_is_trusted_only_where_it_keeps_nan() -> None:
-    def drops(*args: object) -> Tensor:
-        return _right(*args).nan_to_num(0.0)  # type: ignore[arg-type]
-
-    def spreads(*args: object) -> Tensor:
-        output = _right(*args)  # type: ignore[arg-type]
-        return output + 0 * output.sum()
-
-    def reads_its_output(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, g: ConvGeometry) -> Tensor:
-        """0 · whatever the memory holds, which is NaN in these tests, on top."""
-        garbage = torch.empty(g.output_shape, dtype=x.dtype)
-        return _right(x, weight, bias, garbage * 0 if residual is None else residual, g)
-
-    def refuses(*args: object) -> Tensor:
-        raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
-
-    for dtype in (torch.float32, torch.bfloat16):
-        assert aten.keeps_nan(_right, CPU, dtype)
-        for wrong in (drops, spreads, reads_its_output, refuses):
-            assert not aten.keeps_nan(wrong, CPU, dtype), wrong.__name__
-
-
-def test_cudnns_relu_serves_no_call_that_it_cannot() -> None:
-    x = torch.randn(SHAPE).to(memory_format=torch.channels_last)
-    g = _geometry("conv2d_relu", "forward")
-    assert isinstance(g, ConvGeometry)
-    assert not aten._cudnn_fuses(x, torch.randn(24, 16, 3, 3), g), "a CPU's tensor"

@@ -274,6 +274,11 @@ def select(
         RuntimeError: the requested backend cannot serve it; the message holds the reason.
     """
     device = tensor.device
+    if request == "auto" and (op, direction, device.type, channels_last) == ("conv2d_relu", "forward", "cuda", True):
+        from fastconv.backends import cudnn
+
+        assert isinstance(geometry, ConvGeometry)
+        cudnn.fuses(device, geometry, policy)  # which tuning has to know before it orders candidates
     on = chip(device.type, device.index)
     backend = _select(request, op, direction, geometry, policy, device.type, on, channels_last)
     if request == "auto":

@@ -16,7 +16,7 @@ import torch
 
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
-from fastconv.tuning import depthwise, first, pointer, tma
+from fastconv.tuning import depthwise, first, fused, pointer, tma
 from fastconv.tuning.candidates import Candidate, capability
 from fastconv.tuning.sides import PROGRAMS_PER_PROCESSOR, cdiv, product_splits, shared_memory
 
@@ -114,7 +114,7 @@ def seconds(op: str, direction: str, g: ConvGeometry, policy: Policy, chip: str,
     speeds = _speeds(chip)
     call = _Call(op, direction, g, policy, speeds, capability(chip) or 0, _flops(policy, speeds))
     if candidate.backend == "aten":
-        return _aten(call)
+        return _aten(call, fused.is_fused(chip, g, policy))
     return _FAMILIES[candidate.kernel](call, dict(candidate.config))
 
 
@@ -262,13 +262,13 @@ _FAMILIES: dict[str, Callable[[_Call, Config], float]] = {
 }
 
 
-def _aten(call: _Call) -> float:
+def _aten(call: _Call, fuses: bool) -> float:
     """cuDNN's convolution, then torch's passes over its output, and kernels of ours for ReLU's backward and pools.
 
     cuDNN picks among many tiles and splits long sums, so that neither waves nor a map's borders are rounded up; channels
     are, to the 16 and 32 of its tensor-core kernels, or few of a group go through a direct kernel. Its tiles too are as
-    narrow as the channels, and load as much for each product as ours of that size. Its kernel with bias and
-    ReLU is not counted on: only on the chip itself can backends.aten see whether it keeps NaN.
+    narrow as the channels, and load as much for each product as ours of that size. Where it `fuses`, bias
+    and ReLU are part of its kernel.
     """
     g = call.g
     traffic = g.bytes_moved(call.itemsize) / call.chip.memory
@@ -289,8 +289,10 @@ def _aten(call: _Call) -> float:
     output = math.prod(g.output_shape) * call.itemsize
     if _is_masked(call):
         total += _mask(call)
-    elif call.op == "conv2d_relu":
-        total += 2 * call.sweep(2 * output)  # bias and ReLU each read and write it
+    elif call.direction == "forward" and call.op == "conv2d":
+        total += call.sweep(2 * output)  # a bias, which is usual, reads and writes it
+    elif call.op == "conv2d_relu" and not fuses:
+        total += 2 * call.sweep(2 * output)  # bias and ReLU each do
     elif call.op == "conv2d_relu_max_pool2d":
         total += call.sweep(2 * output) + _relu_pool(call)
     return total
