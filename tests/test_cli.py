@@ -122,6 +122,10 @@ def test_help(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(["train", "--epochs", "0"])
     assert stopped.value.code == 2
+    with pytest.raises(SystemExit) as stopped:
+        main(["inspect", "--processes", "0"])
+    assert stopped.value.code == 2
+    assert "--processes: must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_import_is_light() -> None:

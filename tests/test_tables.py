@@ -54,12 +54,13 @@ BROKEN: dict[str, tuple[Callable[[Any], object], str]] = {
     "config": (_set("entries", 0, "candidate", "config", to={"BLOCK_N": "64"}), "BLOCK_N must be of type int"),
     "seconds": (_set("entries", 0, "seconds", to=-1.0), "seconds must be a positive number, got -1.0"),
     "infinity": (_set("entries", 0, "seconds", to=float("inf")), "seconds must be a positive number, got inf"),
+    "too large": (_set("entries", 0, "seconds", to=10**400), "seconds must be a positive number, got 1000"),
     "true": (_set("entries", 0, "seconds", to=True), "seconds must be a positive number, got True"),
     "other": (_set("entries", 0, "others", 0, "seconds", to=None), "entry 0, other 0: seconds must be"),
 }
 
 
-@pytest.mark.parametrize("name", [*BROKEN, "cut off", "no text"])
+@pytest.mark.parametrize("name", [*BROKEN, "cut off", "no text", "nested"])
 def test_a_table_that_is_none_is_reported_once_and_ignored(name: str, caplog: pytest.LogCaptureFixture) -> None:
     modelled = pick(*call())
     path = put(entry(call(), modelled[-1], ATEN))
@@ -68,7 +69,8 @@ def test_a_table_that_is_none_is_reported_once_and_ignored(name: str, caplog: py
         change, reason = BROKEN[name]
         path.write_text(json.dumps(change(json.loads(path.read_text()))))
     else:
-        path.write_bytes(path.read_bytes()[:-9] if name == "cut off" else b"\xff\xfe\x00")
+        texts = {"cut off": path.read_bytes()[:-9], "no text": b"\xff\xfe\x00", "nested": b"[" * 200_000}
+        path.write_bytes(texts[name])
         reason = "it is not JSON"
     caplog.set_level(logging.INFO, "fastconv")
     for _ in range(3):
@@ -106,7 +108,12 @@ def test_a_write_that_fails_leaves_what_was_there(monkeypatch: pytest.MonkeyPatc
         patch.setattr(tables.os, "replace", full)
         tables.write(path, CHIP, [entry(call(conv(batch=1)), ATEN)])
     assert path.read_text() == before
-    assert list(path.parent.iterdir()) == [path], "no half-written file is left"
+    assert _tables(path) == [path], "no half-written file is left"
+
+
+def _tables(path: Path) -> list[Path]:
+    """What lies beside a table, its lock excluded."""
+    return [file for file in path.parent.iterdir() if file.name != path.name + ".lock"]
 
 
 def test_writers_at_the_same_time_leave_a_whole_table() -> None:
@@ -127,8 +134,9 @@ def test_writers_at_the_same_time_leave_a_whole_table() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-    assert call() in {e.call for e in tables.read(path, CHIP)}
-    assert list(path.parent.iterdir()) == [path]
+    batches = {10 * number + i for number in range(4) for i in range(1, 9)}
+    assert {e.call for e in tables.read(path, CHIP)} == {call(), *(call(conv(batch=batch)) for batch in batches)}
+    assert _tables(path) == [path]
 
 
 def test_a_users_entry_goes_before_a_shipped_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from tuned import CHIP
 
-from fastconv import convert
+from fastconv import convert, tuning
 from fastconv.bench import traffic
 from fastconv.cli import explain, main
+from fastconv.tuning import tables
 
 HALF = 2  # bytes
 BATCH, SIZE = 32, 56
@@ -151,3 +153,58 @@ def test_every_family_is_counted() -> None:
         ):
             assert any(name.startswith(kernel) for name in moved), kernel
         assert any(name.startswith("batch_norm") for name in moved)
+
+
+def _both(backend: str) -> dict[tuning.Call, int]:
+    """The calls of a small net where every convolution's table names `backend` alone."""
+    net, x = _net()
+    before = traffic.calls(convert(net), x, CHIP)
+    chosen = {call: next(c for c in tuning.pick(*call) if c.backend == backend) for call in before}
+    tables.write(tables.user_file(CHIP), CHIP, [tables.Entry(call, winner, 1e-5) for call, winner in chosen.items()])
+    tuning.forget()
+    return traffic.calls(convert(net), x, CHIP)
+
+
+@pytest.mark.usefixtures("cache")
+def test_calls_follow_the_choices_of_the_chip() -> None:
+    """Around torch's convolution ReLU, its backward and the pool are calls of their own."""
+    passes = {("relu", "backward"), ("relu_max_pool2d", "forward")}
+    found = {backend: {(call.op, call.direction) for call in _both(backend)} for backend in ("triton", "aten")}
+    assert ("conv2d_relu_max_pool2d", "forward") in found["triton"]
+    assert not passes & found["triton"]
+    assert found["aten"] == found["triton"] | passes
+
+
+@pytest.mark.parametrize("chip", [CHIP, "sm_80", "NVIDIA A40 sm_86", "cpu"])
+@pytest.mark.usefixtures("cache")
+def test_calls_are_those_of_the_chip(chip: str) -> None:
+    net, x = _net()
+    calls = traffic.calls(convert(net), x, chip)
+    assert {call.chip for call in calls} == {chip}
+    assert ("conv2d_relu", "forward") in {(call.op, call.direction) for call in calls}
+    wide, y = net.float(), x.float()
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        assert {call.policy.tf32 for call in traffic.calls(convert(wide), y, chip)} == {chip != "cpu"}
+
+
+@pytest.mark.usefixtures("cache")
+def test_bytes_are_those_of_the_named_chips_tables() -> None:
+    net, x = _net()
+    modelled = traffic.measure(convert(net), x, 90, CHIP).moved
+    assert modelled == traffic.measure(convert(net), x, 90).moved
+    entries = []
+    for call in traffic.calls(convert(net), x, CHIP):
+        pointers = [c for c in tuning.pick(*call) if c.kernel == "pointer"]
+        entries += [tables.Entry(call, pointers[0], 1e-5)] if pointers else []
+    tables.write(tables.user_file(CHIP), CHIP, entries)
+    moved = traffic.measure(convert(net), x, 90, CHIP).moved
+    assert "conv_fprop_kernel" in moved and "conv_tma_kernel" not in moved
+    assert traffic.measure(convert(net), x, 90).moved == modelled, "sm_90 has no table"
+
+
+def test_explain_counts_as_on_the_named_chip(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    step = traffic.Step({"aten::relu": traffic.Moved(1, 2, 2)}, 1)
+    monkeypatch.setattr(traffic, "measure", lambda model, input, *chip: seen.append(chip) or step)
+    explain.measure("vgg11", (1, 3, 32, 32), torch.bfloat16, CHIP)
+    assert seen == [(90, CHIP)] * 2

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tuned import BF16, FP32
 
 import fastconv
@@ -229,6 +229,33 @@ def test_results_are_kept_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(tables.read(path, backends.chip("cpu"))) == 2
 
 
+def test_a_search_that_is_stopped_is_effective(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {"native": 2e-3, "aten": 1e-3}
+    monkeypatch.setattr(tune, "compare", lambda calls, **_: {name: tune.Timing((seconds[name],) * 3) for name in calls})
+    calls = tune.Counter([_call(), _call("conv2d", "weight_grad")])
+    assert tuning.pick(*_call())[0] == NATIVE
+    measurements = tune.tune(calls, CPU, tables.user_file(backends.chip("cpu")), budget=0.01)
+    next(measurements)
+    measurements.close()
+    assert tuning.pick(*_call())[0] == ATEN
+
+
+def test_a_call_without_an_exact_result_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of float64 operands, which need the most memory of all."""
+    conv2d = aten.conv2d
+
+    def full(x: Tensor, *args: object, **kwargs: object) -> Tensor:
+        if x.dtype == torch.float64:
+            raise torch.OutOfMemoryError("out of memory")
+        return conv2d(x, *args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(aten, "conv2d", full)
+    measurement = tune.measure(_call(), CPU, 1e-3)
+    assert measurement.rejected.keys() == {NATIVE, ATEN}
+    assert all("float64" in reason and "out of memory" in reason for reason in measurement.rejected.values())
+    assert measurement.entry() is None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -279,37 +306,3 @@ def test_a_foreign_table_is_found_before_anything_is_measured(tmp_path: Path, ca
     assert main(["tune", "--device", "cpu", "--input", "1x3x4x4", "--out", str(out)]) == 1
     assert "it was measured on 'NVIDIA A100 sm_80'" in capsys.readouterr().err
     assert out.read_text() == before
-
-
-def _right(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, g: ConvGeometry) -> Tensor:
-    output = nn.functional.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
-    return (output if residual is None else output + residual).relu()
-
-
-def test_cudnns_relu_is_trusted_only_where_it_keeps_nan() -> None:
-    def drops(*args: object) -> Tensor:
-        return _right(*args).nan_to_num(0.0)  # type: ignore[arg-type]
-
-    def spreads(*args: object) -> Tensor:
-        output = _right(*args)  # type: ignore[arg-type]
-        return output + 0 * output.sum()
-
-    def reads_its_output(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, g: ConvGeometry) -> Tensor:
-        """0 · whatever the memory holds, which is NaN in these tests, on top."""
-        garbage = torch.empty(g.output_shape, dtype=x.dtype)
-        return _right(x, weight, bias, garbage * 0 if residual is None else residual, g)
-
-    def refuses(*args: object) -> Tensor:
-        raise RuntimeError("CUDNN_STATUS_NOT_SUPPORTED")
-
-    for dtype in (torch.float32, torch.bfloat16):
-        assert aten.keeps_nan(_right, CPU, dtype)
-        for wrong in (drops, spreads, reads_its_output, refuses):
-            assert not aten.keeps_nan(wrong, CPU, dtype), wrong.__name__
-
-
-def test_cudnns_relu_serves_no_call_that_it_cannot() -> None:
-    x = torch.randn(SHAPE).to(memory_format=torch.channels_last)
-    g = _geometry("conv2d_relu", "forward")
-    assert isinstance(g, ConvGeometry)
-    assert not aten._cudnn_fuses(x, torch.randn(24, 16, 3, 3), g), "a CPU's tensor"

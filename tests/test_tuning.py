@@ -15,7 +15,7 @@ import fastconv.functional as FC
 from fastconv import backends, reference, tuning
 from fastconv.backends import triton
 from fastconv.backends.triton_calls import FULL, OTHERS, RECIPE, VGG16
-from fastconv.backends.triton_launch import recording
+from fastconv.backends.triton_launch import PROCESSORS, recording
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 from fastconv.tuning import Call, Candidate, candidates, pick, tables
@@ -49,7 +49,7 @@ def test_pick_takes_the_nearest_of_its_bucket() -> None:
 
 
 def _modelled(g: ConvGeometry) -> tuple[Candidate, ...]:
-    return pick(*call(g, chip="NVIDIA H100 PCIe sm_90"))  # a chip that has no table
+    return pick(*call(g, chip="NVIDIA H100 SXM5 sm_90"))  # as fast, without a table
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,19 @@ def test_the_model_prefers_the_family_made_for_a_layer(layer: tuple[int, ...], d
     assert chosen.kernel == family
     if groups == 32:
         assert dict(chosen.config)["PACK"] > 1, "eight channels alone would fill half a tile with zeros"
+
+
+def test_the_model_knows_chips_by_name() -> None:
+    known = {chip: tuning.cost._speeds(chip) for chip in ("sm_80", "sm_90", "sm_100", "sm_120")}
+    assert {chip: known[chip].processors for chip in PROCESSORS} == PROCESSORS, "recordings split sums as the model does"
+    assert known["sm_120"].processors == 170 and known["sm_120"].half < known["sm_80"].half
+    assert tuning.cost._speeds(CHIP) == known["sm_90"]
+    for name, processors in (("H200", 132), ("H20", 78), ("H20-3e", 78), ("H100 PCIe", 114)):
+        speeds = tuning.cost._speeds(f"NVIDIA {name} sm_90")
+        assert speeds.processors == processors and speeds.memory != known["sm_90"].memory, name
+    for name in ("A100-SXM4-40GB", "A100-PCIE-40GB"):
+        assert tuning.cost._speeds(f"NVIDIA {name} sm_80").memory < 0.8 * known["sm_80"].memory
+    assert tuning.cost._speeds("NVIDIA A100-SXM4-80GB sm_80") == known["sm_80"]
 
 
 def test_the_model_counts_what_overhangs() -> None:

@@ -9,11 +9,13 @@ FASTCONV_BACKEND, `use_backend` changes it. The request in force in a forward tr
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import platform
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -25,6 +27,7 @@ from torch import Tensor
 from fastconv import tuning
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
+from fastconv.precision import policy as policy_of
 
 NAMES = ("triton", "native", "aten")
 REQUESTS = ("auto", *NAMES)
@@ -274,11 +277,44 @@ def select(
         RuntimeError: the requested backend cannot serve it; the message holds the reason.
     """
     device = tensor.device
+    if request == "auto" and device.type == "meta" and _simulated is not None:
+        return _simulate(op, direction, geometry, policy, _simulated, channels_last)
+    if request == "auto" and (op, direction, device.type, channels_last) == ("conv2d_relu", "forward", "cuda", True):
+        from fastconv.backends import cudnn
+
+        assert isinstance(geometry, ConvGeometry)
+        cudnn.fuses(device, geometry, policy)  # which tuning has to know before it orders candidates
     on = chip(device.type, device.index)
     backend = _select(request, op, direction, geometry, policy, device.type, on, channels_last)
     if request == "auto":
         chosen.add(backend.NAME)
     return backend
+
+
+_simulated: str | None = None
+
+
+@contextlib.contextmanager
+def simulating(chip: str) -> Iterator[None]:
+    """Choose for tensors of the meta device as on `chip`, that later choices may depend on earlier ones as they do there."""
+    global _simulated
+    before, _simulated = _simulated, chip
+    try:
+        yield
+    finally:
+        _simulated = before
+
+
+def _simulate(
+    op: str, direction: str, geometry: ConvGeometry | PoolGeometry, policy: Policy, chip: str, channels_last: bool
+) -> Launchers:
+    """Of ours it is the Triton backend that serves, whose launches can be recorded in place of being run."""
+    device_type = "cpu" if tuning.capability(chip) is None else "cuda"
+    call = tuning.Call(op, direction, geometry, policy_of(policy.dtype, device_type), chip, channels_last)
+    tuning.observe(call)
+    names = (candidate.backend for candidate in tuning.pick(*call))
+    name = next(name for name in names if load(name).supports(op, direction, geometry, policy, device_type) is None)
+    return load("aten" if name == "aten" else "triton")
 
 
 @tuning.cached_unless_watched

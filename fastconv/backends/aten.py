@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastconv.backends import Statistics
+from fastconv.backends import Statistics, cudnn
 from fastconv.geometry import ConvGeometry, PoolGeometry, memory_format, statistics_dtype
 from fastconv.precision import Policy
 
 NAME = "aten"
-
-_CUDNN_FUSED_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_fused_keeps_nan: dict[tuple[int | None, torch.dtype], bool] = {}  # by device and dtype, each tried once
-
-_log = logging.getLogger("fastconv")
 
 
 def supports(op: str, direction: str, geometry: ConvGeometry | PoolGeometry, policy: Policy, device_type: str) -> str | None:
@@ -42,8 +35,8 @@ def _onednn_has_half() -> bool:
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, policy: Policy, relu: bool
 ) -> Tensor:
-    if relu and _cudnn_fuses(x, weight, g):
-        return _cudnn_conv2d_relu(x, weight, bias, residual, g)
+    if relu and memory_format(x) == torch.channels_last and cudnn.fuses(x.device, g, policy):
+        return cudnn.conv2d_relu(x, weight, bias, residual, g)
     output = _conv2d_forward(x, weight, bias, g)
     if residual is not None:
         output += residual
@@ -61,64 +54,6 @@ def _conv2d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeome
         wide_bias = None if bias is None else bias.float()
         return F.conv2d(x.float(), weight.float(), wide_bias, g.stride, g.padding, g.dilation, g.groups).to(x.dtype)
     return F.conv2d(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
-
-
-def _cudnn_conv2d_relu(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry) -> Tensor:
-    """relu(conv2d(x, weight, bias) + residual) in one kernel of cuDNN."""
-    if residual is None:
-        return torch.ops.aten.cudnn_convolution_relu(x, weight, bias, g.stride, g.padding, g.dilation, g.groups)
-    return torch.ops.aten.cudnn_convolution_add_relu(
-        x, weight, residual, 1.0, bias, g.stride, g.padding, g.dilation, g.groups
-    )
-
-
-def _cudnn_fuses(x: Tensor, weight: Tensor, g: ConvGeometry) -> bool:
-    """Whether cuDNN's fused kernel may run this call: NHWC in whole vectors, for which it has engines, and it keeps NaN."""
-    if x.device.type != "cuda" or torch.version.hip is not None or x.dtype not in _CUDNN_FUSED_DTYPES:
-        return False
-    if g.is_empty or g.groups != 1 or g.in_channels * x.element_size() % 16 or g.out_channels * x.element_size() % 16:
-        return False
-    cudnn = torch.backends.cudnn
-    if not cudnn.enabled or torch.are_deterministic_algorithms_enabled() or cudnn.deterministic:
-        return False  # the fused operators take no such wish
-    if memory_format(x) != torch.channels_last:
-        return False
-    key = (x.device.index, x.dtype)
-    if key not in _fused_keeps_nan:
-        if torch.cuda.is_current_stream_capturing():
-            return False  # the test reads its result back, which a capture forbids
-        with torch.cuda.device(x.device):
-            _fused_keeps_nan[key] = keeps_nan(_cudnn_conv2d_relu, x.device, x.dtype)
-    return _fused_keeps_nan[key]
-
-
-def keeps_nan(conv2d_relu: Callable[..., Tensor], device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether conv2d_relu(x, weight, bias, residual, geometry) gives NaN where torch's ReLU does, and only there.
-
-    cuDNN's ReLU is told nothing of NaN, and without a residual its kernel reads the uninitialised output, times zero:
-    memory full of NaN is freed before the call, for the allocator to hand out again.
-    """
-    one = (1, 1)
-    g = ConvGeometry.of("conv2d_relu", (2, 32, 8, 8), (32, 32, 3, 3), None, one, one, one, 1)
-    x = torch.ones(g.input_shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-    x[0, :, 4, 4] = float("nan")
-    weight = torch.full(g.weight_shape, 0.5, dtype=dtype, device=device).to(memory_format=torch.channels_last)
-    weight[::2] = -0.5
-    bias = torch.full((32,), 0.25, dtype=dtype, device=device)
-    for residual in (None, torch.ones(g.output_shape, dtype=dtype, device=device).to(memory_format=torch.channels_last)):
-        expected = _conv2d_forward(x, weight, bias, g)
-        expected = (expected if residual is None else expected + residual).relu_()
-        garbage = torch.full_like(expected, float("nan"))
-        del garbage
-        try:
-            output = conv2d_relu(x, weight, bias, residual, g)
-        except RuntimeError as error:
-            _log.info("cuDNN's convolution with ReLU is not used for %s on %s: %s", dtype, device, error)
-            return False
-        if not torch.allclose(output, expected, rtol=0.02, atol=0.02, equal_nan=True):
-            _log.info("cuDNN's convolution with ReLU is not used for %s on %s: it does not keep NaN", dtype, device)
-            return False
-    return True
 
 
 # Shape-only operands below are uninitialised: an expanded scalar would be written out in full by torch.

@@ -45,14 +45,14 @@ _recorded_chip = ""
 
 
 @contextlib.contextmanager
-def recording(capability: int) -> Iterator[list[Launch]]:
-    """Note every launch as for a chip of that compute capability (90 for sm_90), and run none.
+def recording(capability: int, chip: str = "") -> Iterator[list[Launch]]:
+    """Note every launch as for a chip of that compute capability (90 for sm_90), or as for `chip`, and run none.
 
     Tensors may lie anywhere, the meta device included. For compiling ahead of time and for counting bytes.
     """
     global _recorded, _recorded_chip
     before = _recorded, _recorded_chip
-    _recorded, _recorded_chip = [], f"sm_{capability}"
+    _recorded, _recorded_chip = [], chip or f"sm_{capability}"
     tuning.forget()
     try:
         yield _recorded
@@ -75,7 +75,7 @@ def chip(device: torch.device) -> str:
 def processors(device: torch.device) -> int | None:
     """Streaming multiprocessors of `device`; None under the interpreter."""
     if _recorded_chip:
-        return PROCESSORS[_recorded_chip]
+        return PROCESSORS[f"sm_{tuning.capability(_recorded_chip)}"]
     return None if kernels().interpreted else _device_processors(device.index)
 
 

@@ -49,12 +49,13 @@ class Step(NamedTuple):
         return sum(self.moved.values(), start=Moved())
 
 
-def measure(model: nn.Module, input: Tensor, capability: int) -> Step:
+def measure(model: nn.Module, input: Tensor, capability: int, chip: str = "") -> Step:
     """Count a training step of `model` on `input`, both on the meta device.
 
-    Every operator of fastconv is served by the triton backend, as on a chip of that compute capability (90 for sm_90).
+    Every operator of fastconv is served by the triton backend, as on a chip of that compute capability (90 for sm_90) or, if
+    its full name is given, as the tables of `chip` have it.
     """
-    with backends.use_backend("triton"), recording(capability) as launches:
+    with backends.use_backend("triton"), recording(capability, chip) as launches:
         saved = saved_bytes(lambda: model(input))
         moved = _count_step(model, input, launches)
     ordered = sorted(moved.items(), key=lambda item: (-item[1].tensors, item[0]))
@@ -63,9 +64,14 @@ def measure(model: nn.Module, input: Tensor, capability: int) -> Step:
 
 def calls(model: nn.Module, input: Tensor, chip: str) -> dict[tuning.Call, int]:
     """The calls of a training step on the meta device as `tuning` would be asked on `chip`, and how often each comes."""
-    with backends.use_backend("auto"), recording(90) as launches, tuning.observing() as observed:
+    with (
+        backends.use_backend("auto"),
+        backends.simulating(chip),
+        recording(90) as launches,  # what is launched does not count
+        tuning.observing() as observed,
+    ):
         _count_step(model, input, launches)
-    return {call._replace(chip=chip): count for call, count in observed.items()}
+    return dict(observed)
 
 
 def _count_step(model: nn.Module, input: Tensor, launches: list[Launch]) -> dict[str, Moved]:

@@ -100,13 +100,15 @@ def tune(
     """
     if path.is_file():
         tables.read(path, backends.chip(device.type, device.index))  # not found foreign only after minutes of measuring
-    for call in calls:
-        measurement = measure(call, device, budget / len(calls), rounds)
-        entry = measurement.entry()
-        if entry is not None:
-            tables.write(path, call.chip, [entry])
-        yield measurement
-    tuning.forget()
+    try:
+        for call in calls:
+            measurement = measure(call, device, budget / len(calls), rounds)
+            entry = measurement.entry()
+            if entry is not None:
+                tables.write(path, call.chip, [entry])
+            yield measurement
+    finally:  # whoever stops early has written entries too
+        tuning.forget()
 
 
 def measure(call: Call, device: torch.device, most_seconds: float, rounds: int = 20) -> Measurement:
@@ -140,8 +142,12 @@ def _gated(call: Call, problem: Problem) -> tuple[list[Candidate], dict[Candidat
     if not call.channels_last:  # the Triton backend chooses its tiles as for channels_last operands, to which it brings them
         ours = next((c for c in tuning.pick(*call[:-1], True) if c.backend == "triton"), None)
         candidates = tuple(c for c in candidates if c.backend != "triton" or c == ours)
-    exact_operands = tuple(t.double() if t.is_floating_point() else t for t in problem.operands)
-    exact = problem.run(exact_operands, "aten")
+    try:
+        exact_operands = tuple(t.double() if t.is_floating_point() else t for t in problem.operands)
+        exact = problem.run(exact_operands, "aten")
+    # Four times the memory of a 16-bit call may not be there: the calls that are smaller can still be measured.
+    except Exception as error:
+        return [], dict.fromkeys(candidates, f"no result in float64 to hold it against: {type(error).__name__}: {error}")
     right, rejected = [], {}
     device_type = problem.operands[0].device.type
     for candidate in candidates:

@@ -40,9 +40,9 @@ def add(commands: Any) -> None:
         help="what runs for a model's calls and why; the bytes that a training step moves",
         description=(
             "Print, for each call of a model's training step, the backend and kernel that tuning puts first on a chip, and "
-            "why. With --traffic, count the bytes that the step moves and saves instead: the tensors passed to each launch "
-            "of the Triton kernels, against the inputs and outputs of eager's operators. Nothing is computed, and no GPU "
-            "is needed."
+            "why; which calls there are follows from those choices. With --traffic, count the bytes that the step moves and "
+            "saves instead, every operator served by Triton: the tensors passed to each launch of its kernels, against the "
+            "inputs and outputs of eager's operators. Nothing is computed, and no GPU is needed."
         ),
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
@@ -103,7 +103,7 @@ def measure(model: str, shape: tuple[int, ...], dtype: torch.dtype, chip: str) -
     capability = tuning.capability(chip)
     if capability is None or f"sm_{capability}" not in PROCESSORS:
         raise ValueError(f"--chip {chip}: bytes are counted as on {', '.join(PROCESSORS)}")
-    return {layers: traffic.measure(*_meta(model, shape, dtype, layers), capability) for layers in LAYERS}
+    return {layers: traffic.measure(*_meta(model, shape, dtype, layers), capability, chip) for layers in LAYERS}
 
 
 def shares(steps: dict[str, traffic.Step]) -> dict[str, float]:

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from fastconv.cli import arguments
+
 _COLUMNS = {
     "config": "config",
     "arch": "arch",
@@ -48,7 +50,7 @@ def add(commands: Any) -> None:
     option("--json", type=Path, metavar="FILE", help="write the records as JSON")
     option("--markdown", type=Path, metavar="FILE", help="write the table as Markdown")
     option("--dump", type=Path, metavar="DIR", help="write the cubins, <kernel>.<config>.<arch>.cubin")
-    option("--processes", type=int, default=2, help="how many compile at a time (default: 2)")
+    option("--processes", type=arguments.positive, default=2, help="how many compile at a time (default: 2)")
     parser.set_defaults(run=run)
 
 

@@ -14,6 +14,7 @@ from fastconv.precision import Policy
 from fastconv.tuning import cost, tables
 from fastconv.tuning.calls import Call, cached, cached_unless_watched, forced, forcing, forget, observe, observing
 from fastconv.tuning.candidates import Candidate, candidates, capability, is_cpu
+from fastconv.tuning.fused import note_fused
 
 __all__ = [
     "Call",
@@ -24,6 +25,7 @@ __all__ = [
     "explain",
     "forcing",
     "forget",
+    "note_fused",
     "observe",
     "observing",
     "pick",

@@ -8,15 +8,16 @@ says so, assumptions; none was fitted. `fastconv tune` measures instead.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from functools import cache
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
-from fastconv.tuning import depthwise, first, pointer, tma
+from fastconv.tuning import depthwise, first, fused, pointer, tma
 from fastconv.tuning.candidates import Candidate, capability
 from fastconv.tuning.sides import PROGRAMS_PER_PROCESSOR, cdiv, product_splits, shared_memory
 
@@ -40,17 +41,38 @@ class Chip(NamedTuple):
 _PRODUCT, _COPY = 0.79, 0.9
 _CHIPS = {
     80: Chip(108, 312e12 * _PRODUCT, 156e12 * _PRODUCT, 19.5e12, 2.04e12 * _COPY, 1.41e9),  # A100 80 GB
-    86: Chip(84, 75e12 * _PRODUCT, 37e12 * _PRODUCT, 37e12, 0.70e12 * _COPY, 1.74e9),  # A40
+    86: Chip(84, 150e12 * _PRODUCT, 75e12 * _PRODUCT, 37e12, 0.70e12 * _COPY, 1.74e9),  # A40
     89: Chip(142, 181e12 * _PRODUCT, 90e12 * _PRODUCT, 90e12, 0.86e12 * _COPY, 2.5e9),  # L40
     90: Chip(132, 989e12 * _PRODUCT, 495e12 * _PRODUCT, 67e12, 3.35e12 * _COPY, 1.75e9),  # H100 SXM
     100: Chip(148, 2250e12 * _PRODUCT, 1125e12 * _PRODUCT, 75e12, 8.0e12 * _COPY, 1.85e9),  # B200
+    # RTX 5090 (white paper of RTX Blackwell): dense, accumulated in float32
+    120: Chip(170, 210e12 * _PRODUCT, 105e12 * _PRODUCT, 105e12, 1.79e12 * _COPY, 2.41e9),
 }
-_H200_MEMORY = 4.3e12  # measured
+# What chips of a generation have otherwise than the one above, by a pattern of their names; data sheets' figures.
+_NAMED: dict[str, dict[str, Any]] = {
+    r"H200": {"memory": 4.3e12},  # measured
+    r"\bH20\b": {
+        "processors": 78,
+        "half": 148e12 * _PRODUCT,
+        "tf32": 74e12 * _PRODUCT,
+        "single": 44e12,
+        "memory": 4.0e12 * _COPY,
+    },
+    r"H100 PCIe": {
+        "processors": 114,
+        "half": 756e12 * _PRODUCT,
+        "tf32": 378e12 * _PRODUCT,
+        "single": 51e12,
+        "memory": 2.0e12 * _COPY,
+    },
+    r"A100.*40GB": {"memory": 1.555e12 * _COPY},
+}
 
-# Assumptions: the share of a large product's speed that a main loop reaches. cp.async keeps sm_80's tensor cores busy;
-# sm_90's want bulk copies, and kernels of the older kind reach little more than half. Descriptors: the share of cuDNN's main
-# loop below which fusing does not pay. cuDNN's own is hand-written; its weight gradient has both operands transposed.
-_SHARE_CP_ASYNC = {80: 0.8, 90: 0.55}
+# Assumptions: the share of a large product's speed that a main loop reaches. cp.async keeps sm_80's tensor cores busy,
+# and sm_120's, which are of that kind; sm_90's want bulk copies, and kernels of the older kind reach little more than half.
+# Descriptors: the share of cuDNN's main loop below which fusing does not pay. cuDNN's own is hand-written; its weight
+# gradient has both operands transposed.
+_SHARE_CP_ASYNC = {80: 0.8, 90: 0.55, 120: 0.8}
 _SHARE_DESCRIPTORS = 0.8
 _SHARE_ATEN, _SHARE_ATEN_WEIGHT_GRAD = 0.85, 0.7
 _LARGEST_TILE = (128, 256)  # whose accumulators fill a processor's registers by half
@@ -114,14 +136,14 @@ def seconds(op: str, direction: str, g: ConvGeometry, policy: Policy, chip: str,
     speeds = _speeds(chip)
     call = _Call(op, direction, g, policy, speeds, capability(chip) or 0, _flops(policy, speeds))
     if candidate.backend == "aten":
-        return _aten(call)
+        return _aten(call, fused.is_fused(chip, g, policy))
     return _FAMILIES[candidate.kernel](call, dict(candidate.config))
 
 
 @cache
 def _speeds(chip: str) -> Chip:
     speeds = _of_generation(_CHIPS, capability(chip) or 0)
-    return speeds._replace(memory=_H200_MEMORY) if "H200" in chip else speeds
+    return next((speeds._replace(**own) for name, own in _NAMED.items() if re.search(name, chip)), speeds)
 
 
 def _of_generation(known: dict[int, T], capability: int) -> T:
@@ -262,13 +284,13 @@ _FAMILIES: dict[str, Callable[[_Call, Config], float]] = {
 }
 
 
-def _aten(call: _Call) -> float:
+def _aten(call: _Call, fuses: bool) -> float:
     """cuDNN's convolution, then torch's passes over its output, and kernels of ours for ReLU's backward and pools.
 
     cuDNN picks among many tiles and splits long sums, so that neither waves nor a map's borders are rounded up; channels
     are, to the 16 and 32 of its tensor-core kernels, or few of a group go through a direct kernel. Its tiles too are as
-    narrow as the channels, and load as much for each product as ours of that size. Its kernel with bias and
-    ReLU is not counted on: only on the chip itself can backends.aten see whether it keeps NaN.
+    narrow as the channels, and load as much for each product as ours of that size. Where it `fuses`, bias
+    and ReLU are part of its kernel.
     """
     g = call.g
     traffic = g.bytes_moved(call.itemsize) / call.chip.memory
@@ -289,8 +311,10 @@ def _aten(call: _Call) -> float:
     output = math.prod(g.output_shape) * call.itemsize
     if _is_masked(call):
         total += _mask(call)
-    elif call.op == "conv2d_relu":
-        total += 2 * call.sweep(2 * output)  # bias and ReLU each read and write it
+    elif call.direction == "forward" and call.op == "conv2d":
+        total += call.sweep(2 * output)  # a bias, which is usual, reads and writes it
+    elif call.op == "conv2d_relu" and not fuses:
+        total += 2 * call.sweep(2 * output)  # bias and ReLU each do
     elif call.op == "conv2d_relu_max_pool2d":
         total += call.sweep(2 * output) + _relu_pool(call)
     return total

@@ -11,14 +11,16 @@ before a shipped one. A file that is corrupt, of another chip or of a newer form
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import logging
 import math
 import os
 import re
+import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -167,17 +169,38 @@ def _report(path: Path, reason: str) -> None:
 def write(path: Path, chip: str, entries: Iterable[Entry]) -> None:
     """Put `entries` into the file at `path`, in place of its own for the same calls; nobody ever sees half a file.
 
+    Of processes that write at the same time none loses another's entries, where the file system has locks.
+
     Raises:
         TableError: what lies there is no table for `chip`, and would be lost.
         OSError: the file cannot be written.
     """
-    merged = {entry.call: entry for entry in (read(path, chip) if path.is_file() else ())}
-    merged.update((entry.call, entry) for entry in entries)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(path):
+        merged = {entry.call: entry for entry in (read(path, chip) if path.is_file() else ())}
+        merged.update((entry.call, entry) for entry in entries)
+        _replace(path, chip, merged.values())
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time, by a file beside the table: the table itself is replaced, and a lock on it with it."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    with open(path.with_name(path.name + ".lock"), "w") as lock:
+        with contextlib.suppress(OSError):  # a file system without locks: entries may be lost, but no table
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def _replace(path: Path, chip: str, entries: Iterable[Entry]) -> None:
     versions = {name: _version(name) for name in ("fastconv", "torch", "triton")}
     head = json.dumps({"format": FORMAT, "chip": chip, "written_by": versions}, ensure_ascii=False)
-    lines = [json.dumps(_to_json(entry), ensure_ascii=False) for entry in sorted(merged.values(), key=_sort_key)]
+    lines = [json.dumps(_to_json(entry), ensure_ascii=False) for entry in sorted(entries, key=_sort_key)]
     text = head[:-1] + ', "entries": [\n' + ",\n".join(lines) + "\n]}\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
@@ -242,7 +265,7 @@ def read(path: Path, chip: str) -> list[Entry]:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TableError(f"it is not JSON ({error})") from None
     content = _typed(content, dict, "the file")
     version = _field(content, "format", int, "the file")
@@ -313,7 +336,7 @@ def _integers(row: dict[str, Any], name: str, count: int, least: int, where: str
 
 def _seconds(row: dict[str, Any], where: str) -> float:
     value = row.get("seconds")
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= sys.float_info.max:
         raise TableError(f"{where}: seconds must be a positive number, got {value!r:.60}")
     return float(value)
 
