@@ -18,7 +18,7 @@ class ConvChain(torch.nn.Sequential):
 
     Same constructor, keys, slices and results. Identities between two layers do not part them. A member is run by itself,
     with everything that its call implies, where it is of another class (a subclass or parametrized layer included), has
-    hooks, a patched forward or a padding_mode other than 'zeros'; and all members are while global hooks are registered
+    hooks, a forward patched onto it or onto its class, or a padding_mode other than 'zeros'; and all members are while global hooks are registered
     and while torch.compile traces.
 
     Backward is one node of the graph: the gradients of all layers of a run arrive together (hooks of DDP's buckets too),
@@ -58,6 +58,8 @@ class ConvChain(torch.nn.Sequential):
 
 
 _Chainable = ConvReLU2d | ConvReLUMaxPool2d
+# As the classes define them: a forward that is patched onto a class is found by the difference.
+_FORWARDS = {kind: kind.forward for kind in (torch.nn.Identity, ConvReLU2d, ConvReLUMaxPool2d)}
 
 
 def _is_chainable(module: torch.nn.Module) -> bool:
@@ -66,8 +68,10 @@ def _is_chainable(module: torch.nn.Module) -> bool:
 
 def _is_nothing_but(module: torch.nn.Module, *kinds: type[torch.nn.Module]) -> bool:
     """Whether calling `module`, of exactly one of `kinds`, runs the forward of its class and nothing else."""
-    return type(module) in kinds and not (
-        module._forward_hooks
+    kind = type(module)
+    return kind in kinds and not (
+        kind.forward is not _FORWARDS[kind]
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
