@@ -18,8 +18,8 @@ class ConvChain(torch.nn.Sequential):
 
     Same constructor, keys, slices and results. Identities between two layers do not part them. A member is run by itself,
     with everything that its call implies, where it is of another class (a subclass or parametrized layer included), has
-    hooks, a forward patched onto it or onto its class, or a padding_mode other than 'zeros'; and all members are while global hooks are registered
-    and while torch.compile traces.
+    hooks, a forward patched onto it or its class, or a padding_mode other than 'zeros'; and all members are while global
+    hooks are registered and while torch.compile traces.
 
     Backward is one node of the graph: the gradients of all layers of a run arrive together (hooks of DDP's buckets too),
     and that of the output is held until then. Maps between two layers are nowhere to be seen, so none retains a gradient.
@@ -59,7 +59,9 @@ class ConvChain(torch.nn.Sequential):
 
 _Chainable = ConvReLU2d | ConvReLUMaxPool2d
 # As the classes define them: a forward that is patched onto a class is found by the difference.
-_FORWARDS = {kind: kind.forward for kind in (torch.nn.Identity, ConvReLU2d, ConvReLUMaxPool2d)}
+_FORWARDS: dict[type[torch.nn.Module], object] = {
+    kind: kind.forward for kind in (torch.nn.Identity, ConvReLU2d, ConvReLUMaxPool2d)
+}
 
 
 def _is_chainable(module: torch.nn.Module) -> bool:
