@@ -23,6 +23,8 @@ class ConvChain(torch.nn.Sequential):
 
     Backward is one node of the graph: the gradients of all layers of a run arrive together (hooks of DDP's buckets too),
     and that of the output is held until then. Maps between two layers are nowhere to be seen, so none retains a gradient.
+    Hooks that move saved tensors away (torch.autograd.graph.save_on_cpu) get each map by itself, but backward brings all
+    those of a run back at once.
 
     Equal to:
         for module in self:
