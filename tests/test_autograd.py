@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import make
 from tolerances import assert_close
 from torch import Tensor
@@ -299,3 +300,35 @@ def test_strides_empty_batches_and_unbatched(backend: str) -> None:
         pooled, indices = FC.max_pool2d(x3, 2, return_indices=True)
         assert all(map(torch.equal, (pooled, indices), reference.max_pool2d(x3, 2, return_indices=True)))
         assert FC.global_avg_pool2d(x3).shape == (4, 1, 1)
+
+
+LAYOUTS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_vmap_over_weights(kernel: int, layout: str) -> None:
+    """An ensemble on one batch, whose weights have the batch's dimension first, last or in the middle."""
+    x = torch.randn(2, 3, 6, 5, dtype=torch.float64).to(memory_format=LAYOUTS[layout])
+    w = torch.randn(5, 4, 3, kernel, kernel, dtype=torch.float64)
+    for dim in (0, 2, 4):
+        stacked = w.movedim(0, dim)
+        for ours, theirs in ((FC.conv2d, F.conv2d), (FC.conv2d_relu, lambda x, w: F.conv2d(x, w).relu())):
+            for transform in (
+                lambda f, d=dim: vmap(f, (None, d)),
+                lambda f, d=dim: vmap(grad(lambda x, w: f(x, w).square().sum(), (0, 1)), (None, d)),
+            ):
+                torch.testing.assert_close(transform(ours)(x, stacked), transform(theirs)(x, stacked))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vmap_over_pools(layout: str) -> None:
+    x = torch.randn(3, 2, 4, 6, 5, dtype=torch.float64)
+    x = x.flatten(0, 1).to(memory_format=LAYOUTS[layout]).unflatten(0, (3, 2))
+    for ours, theirs in (
+        (lambda x: FC.avg_pool2d(x, 2), lambda x: F.avg_pool2d(x, 2)),
+        (FC.global_avg_pool2d, lambda x: F.adaptive_avg_pool2d(x, 1)),
+        (lambda x: FC.max_pool2d(x, 2), lambda x: F.max_pool2d(x, 2)),
+    ):
+        for transform in (vmap, lambda f: vmap(grad(lambda x: f(x).square().sum()))):
+            torch.testing.assert_close(transform(ours)(x), transform(theirs)(x))

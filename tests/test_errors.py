@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 
 import fastconv
 import fastconv.functional as FC
+from fastconv.functional import ConvLayer
 
 X, W = torch.randn(1, 4, 8, 8), torch.randn(6, 4, 3, 3)
 
@@ -106,6 +108,86 @@ def test_fused_pool_arguments_have_their_prefix() -> None:
         FC.conv2d_relu_max_pool2d(X, W, pool_ceil_mode=0)
     with pytest.raises(RuntimeError, match="Output size is too small"):
         FC.conv2d_relu_max_pool2d(X, W, pool_kernel_size=7)
+    ones = torch.ones(4)
+    for args, words in (
+        ({"pool_padding": 2}, "got pool_padding=(2, 2), pool_kernel_size=(2, 2)"),
+        ({"pool_padding": -1}, "got pool_padding=(-1, -1)"),
+        ({"pool_stride": 0}, "got pool_stride=(0, 0)"),
+        ({"pool_dilation": 0}, "got pool_dilation=(0, 0)"),
+        ({"pool_kernel_size": 0}, "got pool_kernel_size=(0, 0)"),
+        ({"pool_kernel_size": 9}, "got pool_kernel_size=(9, 9), pool_padding=(0, 0), pool_dilation=(1, 1)"),
+    ):
+        calls = (
+            lambda args=args: FC.conv2d_relu_max_pool2d(X, W, **args),
+            lambda args=args: FC.batch_norm_relu_max_pool2d(X, ones, ones, **args),
+            lambda args=args: FC.conv_chain(X, [ConvLayer(W, **{"pool_kernel_size": 2, **args})]),
+        )
+        for call in calls:
+            with pytest.raises(RuntimeError, match=re.escape(words)):
+                call()
+
+
+# (a second layer of the chain, what the message must name)
+LAYER_ERRORS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"weight": W}, RuntimeError, "to have 4 channels, but got 6"),
+    ({"weight": "w"}, TypeError, "weight must be a Tensor"),
+    ({"weight": torch.randn(2, 6, 1, 1).double()}, RuntimeError, "weight type (torch.float64)"),
+    ({"bias": torch.randn(2).to("meta")}, RuntimeError, "bias is on meta"),
+    ({"bias": torch.randn(3)}, RuntimeError, "bias of size [3]"),
+    ({"stride": 1.5}, TypeError, "stride=1.5"),
+    ({"padding": "same", "stride": 2}, RuntimeError, "padding='same'"),
+    ({"weight": torch.randn(2, 6, 7, 7)}, RuntimeError, "Kernel size: (7 x 7)"),
+    ({"pool_kernel_size": 7}, RuntimeError, "got pool_kernel_size=(7, 7)"),
+    ({"pool_kernel_size": 2, "pool_ceil_mode": 1}, TypeError, "pool_ceil_mode=1"),
+]
+
+
+@pytest.mark.parametrize(("change", "kind", "words"), LAYER_ERRORS, ids=lambda v: v if isinstance(v, str) else "")
+def test_conv_chain_names_the_layer_and_runs_none(
+    change: dict[str, Any], kind: type[Exception], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastconv.autograd, "call_chain", lambda *_: pytest.fail("a layer ran"))
+    layers = [ConvLayer(W), ConvLayer(**{"weight": torch.randn(2, 6, 1, 1), **change})]
+    with pytest.raises(kind, match=re.escape(words)) as caught:
+        FC.conv_chain(X, layers)
+    assert str(caught.value).startswith("conv_chain: layers[1]: ")
+
+
+def test_conv_chain_takes_a_sequence_and_a_map() -> None:
+    for layers in (iter([ConvLayer(W)]), (layer for layer in [ConvLayer(W)]), {ConvLayer: 1}, 3):
+        with pytest.raises(TypeError, match="conv_chain: layers must be a sequence of ConvLayer, got "):
+            FC.conv_chain(X, layers)
+    for layers in ([], [ConvLayer(W)]):
+        for bad, kind in ((X.long(), RuntimeError), (X[0, 0], RuntimeError), (3, TypeError)):
+            with pytest.raises(kind, match=r"conv_chain: .*input"):
+                FC.conv_chain(bad, layers)
+    assert torch.equal(FC.conv_chain(X, (ConvLayer(W),)), FC.conv2d_relu(X, W))
+
+
+LAYOUTS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "torch.sparse_coo": lambda t: t.to_sparse(),
+    "torch._mkldnn": lambda t: t.to_mkldnn(),
+    "nested": lambda t: torch.nested.nested_tensor(list(t)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_only_dense_tensors(layout: str) -> None:
+    words = f"must be a dense strided tensor, got layout {layout}"
+    x, w, ones = LAYOUTS[layout](X), LAYOUTS[layout](W), torch.ones(4)
+    calls = [
+        *((call, "input") for call in (lambda: FC.conv2d(x, W), lambda: FC.conv2d_relu(x, W), lambda: FC.max_pool2d(x, 2))),
+        *((call, "input") for call in (lambda: FC.avg_pool2d(x, 2), lambda: FC.global_avg_pool2d(x))),
+        (lambda: FC.batch_norm_relu(x, ones, ones), "input"),
+        (lambda: FC.batch_norm_relu(X, ones, ones, residual=x), "residual"),
+        (lambda: FC.conv2d_relu(X, torch.randn(4, 4, 1, 1), residual=x), "residual"),
+        (lambda: FC.conv_chain(x, []), "input"),
+        (lambda: FC.conv_chain(X, [ConvLayer(w)]), "weight"),
+        (lambda: FC.conv2d(X, w), "weight"),
+    ]
+    for call, name in calls:
+        with pytest.raises(RuntimeError, match=f"{name} {words}"):
+            call()
 
 
 @pytest.mark.parametrize("shape", [(1, 6, 1, 1), (6, 6, 6), (2, 6, 6, 6)], ids=str)

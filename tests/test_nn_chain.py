@@ -160,6 +160,14 @@ def test_a_member_that_is_more_than_a_layer_runs_by_itself(change: Callable[[nn.
     assert all(map(torch.equal, got, want))
 
 
+def test_a_forward_patched_onto_the_class_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain, forward = convert(_plain()), fast.ConvReLU2d.forward
+    monkeypatch.setattr(fast.ConvReLU2d, "forward", lambda self, x: forward(self, x) * 2)
+    x = torch.randn(1, 3, 8, 8)
+    assert torch.equal(chain(x), nn.Sequential(*chain)(x))
+    assert all(len(part) == 1 for part in fast.ConvChain.parts(chain))
+
+
 def test_global_hooks_see_every_member() -> None:
     chain, seen = convert(_plain()), []
     with nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(module)):

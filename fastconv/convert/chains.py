@@ -30,6 +30,10 @@ def convert(model: nn.Module, *, inplace: bool = False) -> nn.Module:
     one module used in several places, and weights of a dtype that fastconv does not serve. Converting twice changes
     nothing more.
 
+    What replaces norms itself comes first: torch.nn.SyncBatchNorm.convert_sync_batchnorm, whose norms are left as they are,
+    and the folding of norms into convolutions (torch.nn.utils.fusion.fuse_conv_bn_eval). Both take a fused norm for the
+    BatchNorm2d that it is by isinstance, and would drop its ReLU and its pool without a word.
+
     Code that runs the members of a Sequential one by one, to take features between a convolution and its ReLU, sees
     the fused result there.
 

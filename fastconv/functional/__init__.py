@@ -3,7 +3,8 @@
 Common to all: `input` is (N, C, H, W) or, unbatched, (C, H, W); N may be 0; strides are free. dtypes are float64, float32,
 bfloat16 and float16, the same for all operands unless autocast is on, which casts as it does for torch's own. The output
 has the input's dtype, and lies channels_last if input or weight does, else contiguous. NaN and infinities propagate as in
-torch. First and second derivatives and torch.func transforms work.
+torch. First and second derivatives work, and torch.func's transforms but those of forward mode (jvp, jacfwd, hessian), which
+raise.
 
 All raise TypeError for an argument of the wrong type and RuntimeError for a value that torch refuses too, for a dtype
 that is not served, and where the backend named by `fastconv.use_backend` cannot serve the call.

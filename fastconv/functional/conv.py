@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from fastconv import autograd, backends, geometry, precision
-from fastconv.autograd import ChainLayer, ConvArgs
+from fastconv.autograd import ChainLayer, ConvArgs, PoolArgs
 from fastconv.functional.core import IntPair, batched_input, overridable, pool_args
 
 
@@ -134,34 +136,71 @@ def conv_chain(input: Tensor, layers: Sequence[ConvLayer]) -> Tensor:
 
     Args:
         input: (N, C, H, W) or (C, H, W).
-        layers: any number of them.
+        layers: any number of them, in a sequence.
 
     Returns:
-        The last layer's output in the input's dtype.
+        The last layer's output in the input's dtype; without a layer the input itself.
+
+    Raises:
+        TypeError, RuntimeError: as `conv2d_relu` and `conv2d_relu_max_pool2d` do, for any layer before the first one runs.
     """
+    op = "conv_chain"
+    if not isinstance(layers, Sequence):
+        raise TypeError(f"{op}: layers must be a sequence of ConvLayer, got {type(layers).__name__}")
     for layer in layers:
         if not isinstance(layer, ConvLayer):
-            raise TypeError(f"conv_chain: layers must be a sequence of ConvLayer, got one of type {type(layer).__name__}")
+            raise TypeError(f"{op}: layers must be a sequence of ConvLayer, got one of type {type(layer).__name__}")
     operands = (input, *(tensor for layer in layers for tensor in layer[:2]))
     if has_torch_function(operands):
         result: Tensor = handle_torch_function(conv_chain, operands, input, layers)
         return result
-    x, batched = input, True
-    run: list[ChainLayer] = []
+    x, batched = batched_input(op, input)
+    if not layers:
+        return input
+    x = precision.autocast(x)
+    shape: Sequence[int] = x.shape
+    tracing = torch.compiler.is_compiling()  # runs nothing, and its operators check the shapes
+    runs: list[tuple[tuple[int, int], list[ChainLayer]]] = []  # each of what is padded before it, and its layers
     for i, layer in enumerate(layers):
-        op, pool = "conv2d_relu", None
-        if layer.pool_kernel_size is not None:
-            op = "conv2d_relu_max_pool2d"
-            pool = pool_args(op, layer.pool_kernel_size, *layer[7:], prefix="pool_")
-        if i == 0:
-            x, batched = batched_input(op, input)
-            x = precision.autocast(x)
+        op = _names(i)
         w, b, args, extra = _conv_parameters(op, *layer[:6])
-        if extra != (0, 0):
-            x, run = _pad_far(autograd.call_chain(x, run, backends.requested()), extra), []
-        run.append(ChainLayer(w, b, args, pool))
-    x = autograd.call_chain(x, run, backends.requested())
+        pool = None
+        if layer.pool_kernel_size is not None:
+            pool = pool_args(op, layer.pool_kernel_size, *layer[7:], prefix="pool_")
+        if i == 0 or extra != (0, 0):
+            runs.append((extra, []))
+        runs[-1][1].append(ChainLayer(w, b, args, pool))
+        if not tracing:
+            shape = _output_shape(op, x, shape, extra, w, b, args, pool)
+    for extra, run in runs:
+        x = autograd.call_chain(x if extra == (0, 0) else _pad_far(x, extra), run, backends.requested())
     return x if batched else x.squeeze(0)
+
+
+@lru_cache
+def _names(index: int) -> str:
+    return f"conv_chain: layers[{index}]"
+
+
+def _output_shape(
+    op: str,
+    input: Tensor,
+    shape: Sequence[int],
+    extra: tuple[int, int],
+    weight: Tensor,
+    bias: Tensor | None,
+    args: ConvArgs,
+    pool: PoolArgs | None,
+) -> Sequence[int]:
+    """The shape of a layer's output, checked before any layer runs: `input` is the chain's, `shape` the layer's input's."""
+    dtype, device = input.dtype, input.device
+    for name, operand in (("weight", weight), ("bias", bias)):
+        if operand is not None and (operand.dtype != dtype or operand.device != device):
+            geometry.check_operand(op, name, operand, input)
+    if extra != (0, 0):
+        shape = (*shape[:2], shape[2] + extra[0], shape[3] + extra[1])
+    g = geometry.ConvGeometry.of(op, shape, weight.shape, None if bias is None else bias.shape, *args)
+    return g.output_shape if pool is None else geometry.PoolGeometry.of(op, g.output_shape, *pool, "pool_").output_shape
 
 
 def _conv_operands(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fastconv import autograd, backends, geometry
@@ -23,8 +24,8 @@ def batch_norm_relu(
 ) -> Tensor:
     """Batch normalisation, residual and ReLU. Equal to `relu(batch_norm(input, running_mean, ...) + residual)`.
 
-    Statistics are computed in float32 (float64 for float64), from distances to the mean: a mean far from 0 costs no
-    digits of the variance.
+    Statistics are computed in float32 (float64 for float64). Triton's kernels sum distances to the mean, so that a mean far
+    from 0 costs no digits of the variance; elsewhere (on a CPU) they are torch's own and as exact as those.
 
     Args:
         input: (N, C, H, W).
@@ -41,6 +42,7 @@ def batch_norm_relu(
     Raises:
         ValueError: unbatched input, a single value per channel or eps=0 when training, eps < 0, one running statistic
             without the other.
+        RuntimeError: a running statistic that requires a gradient (F.batch_norm refuses it too).
 
     Source: Ioffe & Szegedy, Batch normalization, arXiv:1502.03167.
     """
@@ -96,12 +98,22 @@ def batch_norm_relu_max_pool2d(
     return output
 
 
+_OTHERS = (*geometry.CHANNEL_OPERANDS, "residual")
+_STATISTICS = ("running_mean", "running_var")
+
+
 def _operands(op: str, input: Tensor, *others: Tensor | None) -> tuple[Tensor | None, ...]:
     """The operands as the operators take them; what they hold is checked there."""
     geometry.check_tensor(op, "input", input)
-    for index, operand in enumerate(others):
-        if operand is not None and not isinstance(operand, Tensor):
-            geometry.check_tensor(op, (*geometry.CHANNEL_OPERANDS, "residual")[index], operand)
+    for name, operand in zip(_OTHERS, others, strict=True):
+        if operand is None:
+            continue
+        geometry.check_tensor(op, name, operand)
+        if name in _STATISTICS and operand.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                f"{op}: {name} must not require a gradient, since there is none with respect to it; "
+                f"got {name} with requires_grad=True; allowed: {name}.detach()"
+            )
     *channels, residual = others
     if residual is not None:
         geometry.check_floating(op, "residual", residual)

@@ -20,7 +20,7 @@ from fastconv.geometry.arguments import (
     pair,
 )
 from fastconv.geometry.conv import ConvGeometry, conv_output_shape, conv_padding
-from fastconv.geometry.norm import CHANNEL_OPERANDS, check_batch_norm, statistics_dtype
+from fastconv.geometry.norm import CHANNEL_OPERANDS, check_batch_norm, check_batch_norm_update, statistics_dtype
 from fastconv.geometry.pool import PoolGeometry, global_pool, single_elements
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "ConvGeometry",
     "PoolGeometry",
     "check_batch_norm",
+    "check_batch_norm_update",
     "check_bool",
     "check_divisor",
     "check_floating",

@@ -66,6 +66,9 @@ def check_bool(op: str, name: str, value: object) -> None:
 def check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
+    if value.layout is not torch.strided or value.is_nested:
+        layout = "nested" if value.is_nested else value.layout
+        raise RuntimeError(f"{op}: {name} must be a dense strided tensor, got layout {layout}")
 
 
 def check_input(op: str, input: Tensor) -> None:
@@ -120,12 +123,13 @@ def _strides_like_channels_last(tensor: Tensor) -> bool:
     if tensor.dim() != 4:
         return False
     shape = tensor.shape
-    if 1 not in shape and 0 not in shape:  # the ordinary case, asked in one call
-        if tensor.is_contiguous(memory_format=torch.channels_last):
-            return True
-        if tensor.is_contiguous():
-            return False
     strides = tensor.stride()
+    if 1 not in shape and 0 not in shape:  # the ordinary case; is_contiguous would not answer for channels_last under vmap
+        _, c, h, w = shape
+        if strides == (h * w * c, 1, w * c, c):
+            return True
+        if strides == (c * h * w, h * w, w, 1):
+            return False
     if strides[1] == 0:
         return False
     least = 0

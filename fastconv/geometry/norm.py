@@ -63,6 +63,26 @@ def check_batch_norm(
         check_residual(op, residual, input.shape)
 
 
+def check_batch_norm_update(
+    op: str, running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int
+) -> None:
+    """The operands of an update of running statistics: one value a channel each, of `count` values.
+
+    Raises:
+        RuntimeError: another shape.
+        ValueError: a count of 1, which has no unbiased variance, or less.
+    """
+    shape = mean.shape
+    for name, operand in (("mean", mean), ("running_mean", running_mean), ("running_var", running_var), ("var", var)):
+        if operand.dim() != 1 or operand.shape != shape:
+            raise RuntimeError(
+                f"{op}: {name} must have one value a channel, got {name} of size {list(operand.shape)} "
+                f"with a mean of size {list(shape)}"
+            )
+    if count <= 1:
+        raise ValueError(f"{op}: Expected more than 1 value per channel, got count={count}; allowed: 2 and more")
+
+
 def _refuse_channels(op: str, name: str, operand: Tensor, input: Tensor) -> NoReturn:
     """For an operand that is not one value a channel in the input's dtype or, beside float16 and bfloat16, in float32."""
     channels = input.shape[1]

@@ -44,13 +44,18 @@ class PoolGeometry:
         padding: Sequence[int],
         dilation: Sequence[int],
         ceil_mode: bool,
+        prefix: str = "",
     ) -> PoolGeometry:
         """The checked geometry of a batched pooling.
+
+        Args:
+            prefix: what the operator's arguments have before their names, for errors.
 
         Raises:
             RuntimeError: a shape or parameter that torch.nn.functional.max_pool2d refuses too.
         """
-        key = (op, tuple(input_shape), tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode)
+        window = (tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation))
+        key = (op, tuple(input_shape), *window, ceil_mode, prefix)
         try:
             return _cached_pool(*key)
         except TypeError:  # torch.compile's symbolic sizes have no hash
@@ -141,20 +146,22 @@ def _build_pool(
     padding: tuple[int, ...],
     dilation: tuple[int, ...],
     ceil_mode: bool,
+    prefix: str,
 ) -> PoolGeometry:
     (kh, kw), (sh, sw), (ph, pw), (dh, dw) = kernel_size, stride, padding, dilation
     if kh <= 0 or kw <= 0:
-        raise RuntimeError(f"{op}: kernel size should be greater than zero, got kernel_size={kernel_size}")
+        raise RuntimeError(f"{op}: kernel size should be greater than zero, got {prefix}kernel_size={kernel_size}")
     if sh <= 0 or sw <= 0:
-        raise RuntimeError(f"{op}: stride should be greater than zero, got stride={stride}")
+        raise RuntimeError(f"{op}: stride should be greater than zero, got {prefix}stride={stride}")
     if dh <= 0 or dw <= 0:
-        raise RuntimeError(f"{op}: dilation should be greater than zero, got dilation={dilation}")
+        raise RuntimeError(f"{op}: dilation should be greater than zero, got {prefix}dilation={dilation}")
     if ph < 0 or pw < 0:
-        raise RuntimeError(f"{op}: pad must be non-negative, got padding={padding}")
+        raise RuntimeError(f"{op}: pad must be non-negative, got {prefix}padding={padding}")
     reach_h, reach_w = dh * (kh - 1) + 1, dw * (kw - 1) + 1
     if 2 * ph > kh or 2 * pw > kw:
         raise RuntimeError(
-            f"{op}: pad should be at most half of kernel size, got padding={padding}, kernel_size={kernel_size}"
+            f"{op}: pad should be at most half of kernel size, got {prefix}padding={padding}, "
+            f"{prefix}kernel_size={kernel_size}"
         )
     if len(input_shape) != 4 or any(size == 0 for size in input_shape[1:]):
         raise RuntimeError(
@@ -167,7 +174,7 @@ def _build_pool(
     if oh < 1 or ow < 1:
         raise RuntimeError(
             f"{op}: Given input size: ({c}x{h}x{w}). Calculated output size: ({c}x{oh}x{ow}). Output size is too small; "
-            f"got kernel_size={kernel_size}, padding={padding}, dilation={dilation}"
+            f"got {prefix}kernel_size={kernel_size}, {prefix}padding={padding}, {prefix}dilation={dilation}"
         )
     return PoolGeometry(n, c, h, w, kh, kw, sh, sw, ph, pw, dh, dw, ceil_mode, oh, ow)
 

@@ -18,11 +18,13 @@ class ConvChain(torch.nn.Sequential):
 
     Same constructor, keys, slices and results. Identities between two layers do not part them. A member is run by itself,
     with everything that its call implies, where it is of another class (a subclass or parametrized layer included), has
-    hooks, a patched forward or a padding_mode other than 'zeros'; and all members are while global hooks are registered
-    and while torch.compile traces.
+    hooks, a forward patched onto it or its class, or a padding_mode other than 'zeros'; and all members are while global
+    hooks are registered and while torch.compile traces.
 
     Backward is one node of the graph: the gradients of all layers of a run arrive together (hooks of DDP's buckets too),
     and that of the output is held until then. Maps between two layers are nowhere to be seen, so none retains a gradient.
+    Hooks that move saved tensors away (torch.autograd.graph.save_on_cpu) get each map by itself, but backward brings all
+    those of a run back at once.
 
     Equal to:
         for module in self:
@@ -58,6 +60,10 @@ class ConvChain(torch.nn.Sequential):
 
 
 _Chainable = ConvReLU2d | ConvReLUMaxPool2d
+# As the classes define them: a forward that is patched onto a class is found by the difference.
+_FORWARDS: dict[type[torch.nn.Module], object] = {
+    kind: kind.forward for kind in (torch.nn.Identity, ConvReLU2d, ConvReLUMaxPool2d)
+}
 
 
 def _is_chainable(module: torch.nn.Module) -> bool:
@@ -66,8 +72,10 @@ def _is_chainable(module: torch.nn.Module) -> bool:
 
 def _is_nothing_but(module: torch.nn.Module, *kinds: type[torch.nn.Module]) -> bool:
     """Whether calling `module`, of exactly one of `kinds`, runs the forward of its class and nothing else."""
-    return type(module) in kinds and not (
-        module._forward_hooks
+    kind = type(module)
+    return kind in kinds and not (
+        kind.forward is not _FORWARDS[kind]
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks

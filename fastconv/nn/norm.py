@@ -16,6 +16,9 @@ _B = TypeVar("_B", bound="BatchNormReLU2d")
 class BatchNormReLU2d(torch.nn.BatchNorm2d):
     """Batch normalisation, optional residual and ReLU in one pass; constructor and keys of `torch.nn.BatchNorm2d`.
 
+    It is a BatchNorm2d to those who look for one, and to `torch.nn.SyncBatchNorm.convert_sync_batchnorm` and the folding of
+    norms into convolutions too: these would drop the ReLU, so they come before this module, see `fastconv.convert`.
+
     Shapes:
         input [N, C, H, W]; residual, where given, and output exactly the same.
 
@@ -38,20 +41,25 @@ class BatchNormReLU2d(torch.nn.BatchNorm2d):
         return made.train(module.training)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return functional.batch_norm_relu(*self._arguments(input), residual=residual)
+        output = functional.batch_norm_relu(*self._arguments(input), residual=residual)
+        self._count()
+        return output
 
     def _arguments(self, input: Tensor) -> tuple[Any, ...]:
-        """What torch.nn.BatchNorm2d hands to batch_norm; counts the batch."""
+        """What torch.nn.BatchNorm2d hands to batch_norm."""
         self._check_input_dim(input)
         momentum = 0.0 if self.momentum is None else self.momentum
         tracking = self.training and self.track_running_stats
-        if tracking and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # the cumulative average
-                momentum = 1.0 / float(self.num_batches_tracked)
+        if tracking and self.num_batches_tracked is not None and self.momentum is None:  # the cumulative average
+            momentum = 1.0 / (float(self.num_batches_tracked) + 1.0)
         training = self.training or (self.running_mean is None and self.running_var is None)
         statistics = (self.running_mean, self.running_var) if tracking or not self.training else (None, None)
         return input, *statistics, self.weight, self.bias, training, momentum, self.eps
+
+    def _count(self) -> None:
+        """Count the batch, once the statistics are updated: a call that raises, or that a checkpoint stops, does neither."""
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
 
 
 class BatchNormReLUMaxPool2d(BatchNormReLU2d):
@@ -59,7 +67,10 @@ class BatchNormReLUMaxPool2d(BatchNormReLU2d):
 
     Args:
         pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode: as `torch.nn.MaxPool2d`'s arguments
-            of the same names without `pool_`. All others: as `torch.nn.BatchNorm2d`'s.
+            of the same names without `pool_`. All others: as `torch.nn.BatchNorm2d`'s, `settings` those of its keywords
+            that only some releases have (bias).
+
+    As of BatchNormReLU2d, SyncBatchNorm's conversion and folding into a convolution would drop the ReLU, and the pool.
 
     Shapes:
         input [N, C, H, W]; residual, where given, exactly the same; output [N, C, PH, PW], the pooled map.
@@ -83,8 +94,9 @@ class BatchNormReLUMaxPool2d(BatchNormReLU2d):
         pool_padding: IntPair = 0,
         pool_dilation: IntPair = 1,
         pool_ceil_mode: bool = False,
+        **settings: Any,
     ) -> None:
-        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
+        super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **settings)
         self.pool_kernel_size = pool_kernel_size
         self.pool_stride = pool_kernel_size if pool_stride is None else pool_stride
         self.pool_padding = pool_padding
@@ -92,7 +104,7 @@ class BatchNormReLUMaxPool2d(BatchNormReLU2d):
         self.pool_ceil_mode = pool_ceil_mode
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return functional.batch_norm_relu_max_pool2d(
+        output = functional.batch_norm_relu_max_pool2d(
             *self._arguments(input),
             residual=residual,
             pool_kernel_size=self.pool_kernel_size,
@@ -101,6 +113,8 @@ class BatchNormReLUMaxPool2d(BatchNormReLU2d):
             pool_dilation=self.pool_dilation,
             pool_ceil_mode=self.pool_ceil_mode,
         )
+        self._count()
+        return output
 
     def extra_repr(self) -> str:
         return (

@@ -113,7 +113,8 @@ def conv2d_relu_max_pool2d(
 ) -> tuple[Tensor, Tensor]:
     op = "conv2d_relu_max_pool2d"
     g = _conv_geometry(op, input, weight, bias, stride, padding, dilation, groups)
-    pool = PoolGeometry.of(op, g.output_shape, pool_kernel_size, pool_stride, pool_padding, pool_dilation, pool_ceil_mode)
+    window = (pool_kernel_size, pool_stride, pool_padding, pool_dilation)
+    pool = PoolGeometry.of(op, g.output_shape, *window, pool_ceil_mode, "pool_")
     layout = geometry.memory_format(input, weight)
     if fake:
         output = input.new_empty(pool.output_shape).to(memory_format=layout)

@@ -46,6 +46,11 @@ def operator(schema: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return register
 
 
+def register_vmap(name: str, rule: Callable[..., Any]) -> None:
+    """Give an operator a rule for torch.vmap; without one torch loops over the samples."""
+    torch.library.register_vmap(f"fastconv::{name}", rule, lib=_library)
+
+
 def launchers_for(
     backend: str, op: str, direction: str, g: ConvGeometry | PoolGeometry, tensor: Tensor, layout: torch.memory_format
 ) -> Launchers:

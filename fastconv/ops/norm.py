@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastconv import geometry
 from fastconv.geometry import PoolGeometry
-from fastconv.ops.define import absent, dense, given, launchers_for, operator
+from fastconv.ops.define import absent, dense, given, launchers_for, operator, register_vmap
 
 _OPERANDS = (
     "Tensor input, Tensor? running_mean, Tensor? running_var, Tensor? weight, Tensor? bias, Tensor? residual, "
@@ -70,7 +71,7 @@ def batch_norm_relu_max_pool2d(
     """(output, code, the batch's mean, its biased variance): the latter two are empty unless `training`."""
     op = "batch_norm_relu_max_pool2d"
     geometry.check_batch_norm(op, input, running_mean, running_var, weight, bias, residual, training, eps)
-    pool = PoolGeometry.of(op, input.shape, kernel_size, stride, padding, dilation, ceil_mode)
+    pool = PoolGeometry.of(op, input.shape, kernel_size, stride, padding, dilation, ceil_mode, "pool_")
     layout = geometry.memory_format(input)
     if fake:
         output = input.new_empty(pool.output_shape).to(memory_format=layout)
@@ -205,11 +206,28 @@ def batch_norm_update(
     fake: bool,
 ) -> None:
     """running = (1 − momentum) · running + momentum · batch, in place, with the unbiased variance of `count` values."""
+    op = "batch_norm_update"
+    geometry.check_batch_norm_update(op, running_mean, running_var, mean, var, count)
     if fake:
         return
-    op = "batch_norm_update"
     g = geometry.single_elements(op, (1, mean.shape[0], 1, 1))
     launchers = launchers_for(backend, op, "forward", g, mean, torch.channels_last)
     launchers.batch_norm_update(running_mean, running_var, mean, var, count, momentum)
     if not (running_mean.is_inference() or running_var.is_inference()):
         torch.autograd.graph.increment_version((running_mean, running_var))
+
+
+def _batch_norm_update_vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[None, None]:
+    """The rule of torch.vmap, which has none of its own for what is changed in place: sample after sample."""
+    if None in in_dims[:2]:
+        raise RuntimeError(
+            "batch_norm_update: running_mean and running_var must be batched by vmap as the input is, since they are "
+            "updated in place, a sample each; allowed too: training=False, or None for both"
+        )
+    for i in range(info.batch_size):
+        sample = (t if d is None else t.select(d, i) for t, d in zip(args, in_dims, strict=True))
+        torch.ops.fastconv.batch_norm_update.default(*sample)
+    return None, None
+
+
+register_vmap("batch_norm_update", _batch_norm_update_vmap)
