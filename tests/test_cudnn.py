@@ -78,7 +78,7 @@ def probed(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[ConvGeometry]]:
     monkeypatch.setattr(cudnn, "_answers", {})
     monkeypatch.setattr(cudnn, "_noted", set())
     monkeypatch.setattr(fused, "_fused", {})
-    monkeypatch.setattr(backends, "chip", lambda *_: CHIP)
+    monkeypatch.setattr(backends, "_chip", lambda *_: CHIP)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     torch.use_deterministic_algorithms(False)

@@ -46,7 +46,7 @@ def call(name: str, *args: Any) -> Any:
     function = FUNCTIONS[name]
     if torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    if not torch.is_grad_enabled() and forward_ad._current_level < 0:
+    if forward_ad._current_level < 0 and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*args)):
         return function.forward(*args)
     return record(function, *args)
 

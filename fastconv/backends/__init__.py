@@ -277,15 +277,17 @@ def select(
         RuntimeError: the requested backend cannot serve it; the message holds the reason.
     """
     device = tensor.device
-    if request == "auto" and device.type == "meta" and _simulated is not None:
-        return _simulate(op, direction, geometry, policy, _simulated, channels_last)
-    if request == "auto" and (op, direction, device.type, channels_last) == ("conv2d_relu", "forward", "cuda", True):
-        from fastconv.backends import cudnn
+    kind = device.type
+    if request == "auto" and kind != "cpu":
+        if kind == "meta" and _simulated is not None:
+            return _simulate(op, direction, geometry, policy, _simulated, channels_last)
+        if kind == "cuda" and channels_last and op == "conv2d_relu" and direction == "forward":
+            from fastconv.backends import cudnn
 
-        assert isinstance(geometry, ConvGeometry)
-        cudnn.fuses(device, geometry, policy)  # which tuning has to know before it orders candidates
-    on = chip(device.type, device.index)
-    backend = _select(request, op, direction, geometry, policy, device.type, on, channels_last)
+            assert isinstance(geometry, ConvGeometry)
+            cudnn.fuses(device, geometry, policy)  # which tuning has to know before it orders candidates
+    number = torch.get_num_threads() if kind == "cpu" else device.index
+    backend = _select(request, op, direction, geometry, policy, kind, number, channels_last)
     if request == "auto":
         chosen.add(backend.NAME)
     return backend
@@ -325,7 +327,7 @@ def _select(
     geometry: ConvGeometry | PoolGeometry,
     policy: Policy,
     device_type: str,
-    chip: str,
+    number: int | None,
     channels_last: bool,
 ) -> Launchers:
     if request != "auto":
@@ -337,7 +339,7 @@ def _select(
                 f"Ask for another one with fastconv.use_backend, or for 'auto'."
             )
         return backend
-    call = tuning.Call(op, direction, geometry, policy, chip, channels_last)
+    call = tuning.Call(op, direction, geometry, policy, _chip(device_type, number), channels_last)
     tuning.observe(call)
     for candidate in tuning.pick(*call):
         name = candidate.backend

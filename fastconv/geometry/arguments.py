@@ -63,10 +63,13 @@ def check_bool(op: str, name: str, value: object) -> None:
         raise TypeError(f"{op}: {name} must be bool, got {name}={value!r} of type {type(value).__name__}")
 
 
+_STRIDED = torch.strided
+
+
 def check_tensor(op: str, name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: {name} must be a Tensor, got {type(value).__name__}")
-    if value.layout is not torch.strided or value.is_nested:
+    if value.layout is not _STRIDED or value.is_nested:
         layout = "nested" if value.is_nested else value.layout
         raise RuntimeError(f"{op}: {name} must be a dense strided tensor, got layout {layout}")
 

@@ -25,9 +25,12 @@ def _conv_geometry(
     dilation: Sequence[int],
     groups: int,
 ) -> ConvGeometry:
-    geometry.check_input(op, input)
-    geometry.check_operand(op, "weight", weight, input)
-    geometry.check_operand(op, "bias", bias, input)
+    dtype, device = input.dtype, input.device
+    is_like = weight.dtype == dtype and weight.device == device
+    if not (is_like and (bias is None or (bias.dtype == dtype and bias.device == device)) and dtype in geometry.DTYPES):
+        geometry.check_input(op, input)
+        geometry.check_operand(op, "weight", weight, input)
+        geometry.check_operand(op, "bias", bias, input)
     bias_shape = None if bias is None else bias.shape
     return ConvGeometry.of(op, input.shape, weight.shape, bias_shape, stride, padding, dilation, groups)
 
