@@ -34,6 +34,10 @@ ROOT = Path(__file__).parents[1]
 MAIN_TILE, MAIN_LOOP = (256, 128, 64), 115
 
 
+# Registers and instructions are one compiler's: another version spills elsewhere.
+this_compiler = pytest.mark.skipif(not triton.__version__.startswith("3.7."), reason="machine code is held for Triton 3.7")
+
+
 @pytest.fixture(scope="module")
 def compiled() -> list[dict[str, Any]]:
     return triton_inspect.inspect((90,)) + triton_inspect.inspect((80,), kernel="conv_", first_only=True)
@@ -59,6 +63,7 @@ def test_families_and_arithmetic(compiled: list[dict[str, Any]]) -> None:
     assert any(c["tile"].get("PACK", 1) > 1 for c in on_90), "groups packed into one tile"
 
 
+@this_compiler
 def test_nothing_spills(compiled: list[dict[str, Any]]) -> None:
     assert [_label(c) for c in compiled if c["stack_bytes"]] == []
 
@@ -77,6 +82,7 @@ def test_half_precision_runs_on_tensor_cores(compiled: list[dict[str, Any]]) -> 
         assert [_label(c) for c in found if c["mma"] != mma] == []
 
 
+@this_compiler
 def test_loads_of_whole_vectors_are_wide(compiled: list[dict[str, Any]]) -> None:
     """All 16 bytes at a time, where a tile has so much for each thread; else some of them."""
     products = [c for c in compiled if c["dtype"] in _HALF and _multiplies(c) and c["family"] == "pointer"]
@@ -88,6 +94,7 @@ def test_loads_of_whole_vectors_are_wide(compiled: list[dict[str, Any]]) -> None
     assert [_label(c) for c in large if c["wide_copies"] != c["copies"]] == []
 
 
+@this_compiler
 def test_the_main_loop_is_short(compiled: list[dict[str, Any]]) -> None:
     """And neither a chain's mask and sums nor the NaN-exact pool in its epilogue costs it anything."""
     main = [c for c in compiled if c["kernel"] == "conv_tma_kernel" and c["dtype"] in _HALF and _tile(c) == MAIN_TILE]
