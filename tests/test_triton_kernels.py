@@ -206,7 +206,7 @@ def test_nonfinite_forward(shape: tuple[int, int, int, int], dtype: torch.dtype)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", [(3, 16, 7, 7), (2, 16, 5, 13), (1, 16, 27, 9)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 16, 7, 7), (2, 16, 5, 13), (1, 16, 27, 9), (2, 16, 5, 8), (70, 16, 4, 4)], ids=str)
 def test_nonfinite_weight_grad(shape: tuple[int, int, int, int], stride: int) -> None:
     """Only taps that see a NaN or an infinity have one; tiles and boxes of a GPU overhang these maps."""
     shape = (*shape[:2], *(size * stride for size in shape[2:]))

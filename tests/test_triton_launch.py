@@ -75,6 +75,12 @@ def test_what_the_machine_code_may_depend_on_is_bound_anew(kernel: Kernel, chang
     assert len(kernel.bound) == 3 and not kernel.launched
 
 
+def test_floats_are_no_part_of_the_machine_code(kernel: Kernel) -> None:
+    for value in (0.5, 0.25):
+        triton_launch.launch(kernel, (3,), x_ptr=torch.randn(8), y_ptr=torch.empty(8), size=value, BLOCK=16)
+    assert len(kernel.bound) == 1 and kernel.launched[0][3] == 0.25
+
+
 def test_a_box_is_part_of_a_descriptor_and_its_tensor_is_not(kernel: Kernel) -> None:
     x, other = torch.randn(2, 32, 4, 4), torch.randn(4, 32, 8, 8)
     arguments = {"y_ptr": x, "size": 8, "BLOCK": 16}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from cases import DTYPES, ConvCase, ids
 from tolerances import assert_close
 from torch import Tensor
 
-from fastconv.backends import aten, triton, triton_inspect
+from fastconv.backends import aten, triton, triton_depthwise, triton_inspect
 from fastconv.backends.triton_calls import Call, Recorded
 from fastconv.backends.triton_launch import chip, recording
 from fastconv.geometry import ConvGeometry, PoolGeometry, pair
@@ -291,6 +292,21 @@ def test_more_than_2_31_elements(groups: int) -> None:
     for plan in _plans("conv2d", "weight_grad", g, policy):
         grad_weight = triton.conv2d_weight_grad(grad, x, g, policy, plan)
         assert_close(grad_weight.cpu(), expected, dtype, g.out_pixels, str(plan))
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 5, 9), (1, 8, 6, 3), (1, 8, 7, 16)], ids=str)
+def test_depthwise_rows_end_with_the_map(shape: tuple[int, int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four rows to a program: those below the map are not written, where another image or nothing of ours would lie."""
+    size = math.prod(shape)
+    buffer = torch.full((2 * size,), float("nan"), device=DEVICE)
+    y = buffer[:size].view(1, *shape[2:], shape[1]).permute(0, 3, 1, 2)
+    monkeypatch.setattr(triton_depthwise, "empty", lambda *_: y)
+    x, weight = torch.randn(shape, device=DEVICE), torch.randn(shape[1], 1, 3, 3, device=DEVICE)
+    g = ConvGeometry.of("conv", shape, weight.shape, None, (1, 1), (1, 1), (1, 1), shape[1])
+    policy = Policy(torch.float32)
+    plan = next(p for p in triton_candidates("conv2d", "forward", g, policy, chip(x.device)) if p.kernel == "depthwise")
+    triton.conv2d(x, weight, None, None, g, policy, False, plan)
+    assert not buffer[:size].isnan().any() and buffer[size:].isnan().all()
 
 
 def test_maps_and_batches_of_every_size_share_binaries() -> None:
