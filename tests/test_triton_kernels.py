@@ -35,6 +35,8 @@ CASES = [
     ConvCase("depthwise", (1, 4, 8, 7), 4, (3, 3), padding=1, groups=4),
     ConvCase("5x5", (1, 8, 9, 9), 12, (5, 5), padding=2),
     ConvCase("odd_channels", (2, 5, 7, 6), 7, (3, 3), padding=1),
+    ConvCase("40_channels", (1, 40, 5, 6), 64, (3, 3), padding=1),
+    ConvCase("64_channels", (1, 64, 6, 5), 40, (3, 3), padding=1),
     ConvCase("kernel_3x1", (1, 8, 7, 9), 8, (3, 1), padding=(1, 0)),
     ConvCase("48_taps", (1, 4, 9, 11), 4, (6, 8), padding=(2, 3)),
     ConvCase("two_blocks_of_channels", (1, 144, 2, 3), 136, (1, 2)),
