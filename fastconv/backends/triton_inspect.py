@@ -152,7 +152,7 @@ class Job(NamedTuple):
         return "-".join([*(part for part in parts if part not in usual), digest])
 
 
-_SHORT = {"NUM_STAGES": "s", "num_stages": "s", "num_warps": "w", "PACK": "pack", "SWAP": "swap", "BATCH_INNER": "inner"}
+_SHORT = {"NUM_STAGES": "s", "num_warps": "w", "PACK": "pack", "SWAP": "swap", "BATCH_INNER": "inner"}
 _USUAL = {"PACK": 1, "SWAP": 1, "BATCH_INNER": 0}
 
 

@@ -20,6 +20,7 @@ from fastconv.backends import triton_tiles as tiles
 from fastconv.backends.triton_tiles import cdiv
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
+from fastconv.tuning.sides import VECTOR_BYTES, has_tensor_cores
 
 
 class Launch(NamedTuple):
@@ -35,7 +36,7 @@ class Launch(NamedTuple):
         return tuple((name, value) for name, value in self.arguments.items() if name in _TILE or name.startswith("BLOCK_"))
 
 
-_TILE = ("PACK", "SWAP", "BATCH_INNER", "NUM_STAGES", "num_stages", "num_warps")
+_TILE = ("PACK", "SWAP", "BATCH_INNER", "NUM_STAGES", "num_warps")
 
 # Of the data-centre product of each generation, for recordings.
 PROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
@@ -121,12 +122,11 @@ def _specialisation(argument: Any) -> Any:
     if type(argument) is float:
         return float
     if isinstance(argument, Tensor):
-        return argument.dtype, argument.data_ptr() % _ALIGNMENT == 0
+        return argument.dtype, argument.data_ptr() % VECTOR_BYTES == 0  # for which Triton compiles kernels of their own
     return argument.base.dtype, *argument.block_shape, getattr(argument, "round_f32_to_tf32", False)
 
 
 _VALUES = frozenset({int, bool, str, type(None)})
-_ALIGNMENT = 16  # bytes: of addresses for which Triton compiles kernels of their own
 _MOST_COMPILED = 4096
 _compiled: dict[tuple[Any, ...], tuple[Callable[..., None], list[str]]] = {}
 
@@ -188,7 +188,7 @@ def float32(shape: tuple[int, ...], like: Tensor) -> Tensor:
 
 def precision(policy: Policy) -> str:
     """tl.dot's input_precision."""
-    return "tf32" if policy.tf32 or policy.dtype != torch.float32 else "ieee"
+    return "tf32" if has_tensor_cores(policy) else "ieee"
 
 
 def map_sizes(g: ConvGeometry | PoolGeometry) -> dict[str, int]:

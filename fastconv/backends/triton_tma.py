@@ -28,11 +28,11 @@ from fastconv.backends.triton_tiles import cdiv
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 from fastconv.tuning import Candidate
+from fastconv.tuning.sides import VECTOR_BYTES
 
 FAMILY = "tma"
 Box = tuple[int, int, int]
 
-_ALIGNMENT = 16  # bytes: of the address behind a descriptor
 _CACHE_SIZE = 4096
 
 _log = logging.getLogger("fastconv")
@@ -40,7 +40,7 @@ _log = logging.getLogger("fastconv")
 
 def reads(plan: Candidate, *operands: Tensor | None) -> bool:
     """Whether descriptors can express the operands, wherever they lie in memory."""
-    if any(operand is not None and operand.data_ptr() % _ALIGNMENT for operand in operands):
+    if any(operand is not None and operand.data_ptr() % VECTOR_BYTES for operand in operands):
         return False
     return not dict(plan.config).get("BATCH_INNER") or _reads_batch_inner(operands[0].device)  # type: ignore[union-attr]
 

@@ -12,9 +12,9 @@ import torch
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
 from fastconv.tuning.calls import forget
+from fastconv.tuning.sides import VECTOR_BYTES
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_VECTOR_BYTES = 16
 _MOST_ELEMENTS = 2**31  # that cuDNN's engines may number in 32 bits
 
 Window = tuple[tuple[int, int], ...]
@@ -32,7 +32,7 @@ def suits(g: ConvGeometry, policy: Policy) -> bool:
     if g.is_empty or g.groups != 1 or policy.dtype not in _DTYPES:
         return False
     size = policy.dtype.itemsize
-    if g.in_channels * size % _VECTOR_BYTES or g.out_channels * size % _VECTOR_BYTES:
+    if g.in_channels * size % VECTOR_BYTES or g.out_channels * size % VECTOR_BYTES:
         return False
     return max(math.prod(g.input_shape), math.prod(g.output_shape)) < _MOST_ELEMENTS
 
