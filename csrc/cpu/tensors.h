@@ -2,6 +2,7 @@
 #pragma once
 
 #include "scalar.h"
+#include "simd.h"
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
