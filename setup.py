@@ -34,6 +34,7 @@ SOURCES = (
 )
 HEADERS = (
     "csrc/cpu/channel_sums.h",
+    "csrc/cpu/conv/dispatch.h",
     "csrc/cpu/conv/kernels.h",
     "csrc/cpu/conv/kernels.inc",
     "csrc/cpu/conv/product.h",
