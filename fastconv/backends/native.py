@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastconv.backends import Statistics, aten
 from fastconv.geometry import ConvGeometry, PoolGeometry
-from fastconv.precision import Policy
+from fastconv.precision import Policy, torchs_convolution
 
 NAME = "native"
 
@@ -84,7 +84,8 @@ def conv2d(
         return conv2d(x.float(), weight.float(), wide_bias, wide_residual, g, policy, relu).to(x.dtype)
     if residual is not None:
         residual = _dense(residual)
-    return _kernel("conv2d")(_dense(x), weight, bias, residual, g.stride, g.padding, g.dilation, g.groups, relu)
+    with torchs_convolution(policy, x.device.type):
+        return _kernel("conv2d")(_dense(x), weight, bias, residual, g.stride, g.padding, g.dilation, g.groups, relu)
 
 
 def conv2d_relu_max_pool2d(
