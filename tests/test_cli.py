@@ -27,6 +27,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         torch.__version__,
         "CPU",
         "compiled library",
+        "precision              fast",
         "aten on cpu",
         backends.chip("cpu"),
     ):

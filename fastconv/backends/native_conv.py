@@ -10,7 +10,7 @@ from fastconv.backends import aten, chip
 from fastconv.backends.native_library import dense, empty, kernel
 from fastconv.backends.native_passes import masked, max_pool2d
 from fastconv.geometry import ConvGeometry, PoolGeometry
-from fastconv.precision import Policy
+from fastconv.precision import Policy, torchs_convolution
 
 
 def _by_winograd(op: str, direction: str, g: ConvGeometry, policy: Policy) -> bool:
@@ -35,13 +35,16 @@ def conv2d(
         return output
     if aten.accumulates_in_half(x):
         wide_bias, wide_residual = (None if t is None else t.float() for t in (bias, residual))
-        wide = _onednn(x.float(), weight.float(), wide_bias, wide_residual, g, relu)
+        wide = _onednn(x.float(), weight.float(), wide_bias, wide_residual, g, policy, relu)
         return wide.to(x.dtype)
-    return _onednn(x, weight, bias, residual, g, relu)
+    return _onednn(x, weight, bias, residual, g, policy, relu)
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, relu: bool) -> Tensor:
-    return kernel("conv2d")(dense(x), weight, bias, residual, g.stride, g.padding, g.dilation, g.groups, relu)
+def _onednn(
+    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, policy: Policy, relu: bool
+) -> Tensor:
+    with torchs_convolution(policy, x.device.type):
+        return kernel("conv2d")(dense(x), weight, bias, residual, g.stride, g.padding, g.dilation, g.groups, relu)
 
 
 def _winograd(
