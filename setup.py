@@ -22,6 +22,9 @@ MODES = ("auto", "cpu", "none")
 SOURCES = (
     "csrc/registry.cpp",
     "csrc/cpu/avg_pool.cpp",
+    "csrc/cpu/batch_norm.cpp",
+    "csrc/cpu/batch_norm_backward.cpp",
+    "csrc/cpu/batch_norm_pool.cpp",
     "csrc/cpu/conv.cpp",
     "csrc/cpu/max_pool.cpp",
     "csrc/cpu/max_pool_backward.cpp",
@@ -29,6 +32,7 @@ SOURCES = (
     "csrc/cpu/simd.cpp",
 )
 HEADERS = (
+    "csrc/cpu/batch_norm.h",
     "csrc/cpu/channel_sums.h",
     "csrc/cpu/operators.h",
     "csrc/cpu/scalar.h",

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: oneDNN's convolutions and torch's normalisation with fused passes behind them, own poolings.
+"""The compiled CPU kernels: oneDNN's convolutions with fused passes behind them, own poolings and batch normalisation.
 
 Only this module loads `fastconv._C`. Its kernels take dense channels_last tensors of float32, bfloat16 or float16 and
 write outputs that are allocated here.
@@ -189,7 +189,9 @@ def batch_norm_relu(
     residual: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Statistics]:
-    return aten.batch_norm_relu(x, statistics, weight, bias, residual, eps)
+    x = _dense(x)
+    statistics = statistics or _batch_statistics(x)
+    return _normalised(x, statistics, weight, bias, residual, eps, relu=True), statistics
 
 
 def batch_norm_relu_max_pool2d(
@@ -201,8 +203,37 @@ def batch_norm_relu_max_pool2d(
     eps: float,
     pool: PoolGeometry,
 ) -> tuple[Tensor, Tensor, Statistics]:
-    normalised, statistics = aten.batch_norm(x, statistics, weight, bias, residual, eps)
-    return *max_pool2d(normalised, pool, relu=True), statistics
+    x = _dense(x)
+    statistics = statistics or _batch_statistics(x)
+    if not pool.is_2x2:
+        normalised = _normalised(x, statistics, weight, bias, residual, eps, relu=False)
+        return *max_pool2d(normalised, pool, relu=True), statistics
+    output, code = _empty(x, pool.output_shape), _empty(x, pool.output_shape, pool.code_dtype)
+    residual = None if residual is None else _dense(residual)
+    _kernel("batch_norm_relu_max_pool2d")(x, *statistics, weight, bias, residual, eps, output, code)
+    return output, code, statistics
+
+
+def _batch_statistics(x: Tensor) -> Statistics:
+    """(mean, biased variance) over (N, H, W), float32."""
+    mean, var = (x.new_empty(x.shape[1], dtype=torch.float32) for _ in range(2))
+    _kernel("batch_norm_statistics")(x, mean, var)
+    return mean, var
+
+
+def _normalised(
+    x: Tensor,
+    statistics: Statistics,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    eps: float,
+    relu: bool,
+) -> Tensor:
+    output = _empty(x, x.shape)
+    residual = None if residual is None else _dense(residual)
+    _kernel("batch_norm_relu")(x, *statistics, weight, bias, residual, eps, relu, output)
+    return output
 
 
 def batch_norm_relu_backward(
@@ -217,15 +248,30 @@ def batch_norm_relu_backward(
     with_input: bool,
     with_residual: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if pool is None:
-        closed, _ = relu_backward(grad, gate, with_bias=False)
+    grad, gate = _dense(grad), _dense(gate)
+    x = None if x is None else _dense(x)
+    shape = grad.shape if pool is None else pool.input_shape
+    sums = None if x is None else grad.new_empty((2, shape[1]), dtype=torch.float32)
+    unpooled = None
+    if pool is not None and (with_residual or not pool.is_2x2):
+        unpooled, _ = max_pool2d_backward(grad, gate, pool, with_bias=False)
+    if x is None and not with_input:
+        if pool is None and with_residual:
+            unpooled, _ = relu_backward(grad, gate, with_bias=False)
+        return None, None, unpooled if with_residual else None
+    input_grad = _empty(grad, shape) if with_input else None
+    saved = (x, *statistics, weight, eps, training, sums, input_grad)
+    if pool is not None and pool.is_2x2:
+        _kernel("batch_norm_relu_max_pool2d_backward")(grad, gate, *saved)
+    elif pool is not None:
+        _kernel("batch_norm_relu_backward")(unpooled, None, *saved, None)
     else:
-        closed, _ = max_pool2d_backward(grad, gate, pool, with_bias=False)
-    grad_x, sums = aten.batch_norm_backward(closed, x, statistics, weight, eps, training, with_input)
-    return grad_x, sums, closed if with_residual else None
+        unpooled = _empty(grad, shape) if with_residual else None
+        _kernel("batch_norm_relu_backward")(grad, gate, *saved, unpooled)
+    return input_grad, sums, unpooled if with_residual else None
 
 
 def batch_norm_update(
     running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
 ) -> None:
-    aten.batch_norm_update(running_mean, running_var, mean, var, count, momentum)
+    _kernel("batch_norm_update")(running_mean, running_var, mean, var, momentum, count / (count - 1))
