@@ -2,6 +2,8 @@
 #include "batch_norm.h"
 #include "operators.h"
 
+#include <limits>
+
 namespace fastconv {
 
 namespace {
@@ -18,7 +20,7 @@ std::vector<float> pivots(const T* x, int64_t channels, int64_t begin, int64_t e
   }
   for (float& value : values) {
     value /= static_cast<float>(end - begin);
-    if (!std::isfinite(value)) value = 0.0f;
+    value = std::abs(value) <= std::numeric_limits<float>::max() ? value : 0.0f;
   }
   return values;
 }
@@ -53,7 +55,7 @@ template <class T>
 void statistics(const T* x, const Map& map, float* mean, float* var) {
   const Rows rows = Rows::of(map);
   const int64_t channels = map.channels;
-  const Chunks chunks = Chunks::of(rows.count, rows.width, kMostPartials);
+  const Chunks chunks = summing_chunks(rows.count, rows.width);
   std::vector<Moments> moments(chunks.count * channels);
   std::vector<double> pixels(chunks.count);
   for_chunks(chunks.count, [&](int64_t first, int64_t last) FASTCONV_INLINE_LAMBDA {
@@ -64,17 +66,17 @@ void statistics(const T* x, const Map& map, float* mean, float* var) {
       TwoSums sums(channels, rows.width);
       const float* const near = row.data();
       const T* const values = x;
-      sums.add_rows(
+      sums.add_rows<4>(
           rows, chunks.begin(chunk), chunks.end(chunk), [=](int64_t i, int64_t j) FASTCONV_INLINE_LAMBDA -> Terms {
             const float distance = load(values[i]) - near[j];
             return {distance, distance * distance};
           });
-      const double count = static_cast<double>(end - begin);
-      pixels[chunk] = count;
+      pixels[chunk] = static_cast<double>(end - begin);
+      const double share = 1 / pixels[chunk];
       for (int64_t c = 0; c < channels; ++c) {
-        const double sum = sums.sums()[c], squares = sums.sums()[channels + c] - sum * sum / count;
+        const double sum = sums.sums()[c], squares = sums.sums()[channels + c] - sum * sum * share;
         // A comparison that is false for NaN.
-        moments[chunk * channels + c] = {pivot[c] + sum / count, squares < 0 ? 0 : squares};
+        moments[chunk * channels + c] = {pivot[c] + sum * share, squares < 0 ? 0 : squares};
       }
     }
   });
@@ -127,7 +129,8 @@ void batch_norm_relu(
   if (residual) check_same(*residual, "residual", map, x.scalar_type());
   const Rows rows = Rows::of(map);
   const std::vector<float> means = repeated(channel_values(mean, "mean", map.channels), rows.width);
-  const std::vector<float> scales = repeated(channel_scale(var, weight, map.channels, eps), rows.width);
+  const std::vector<double> inverse = inverse_deviation(var, map.channels, eps);
+  const std::vector<float> scales = repeated(channel_scale(weight, inverse), rows.width);
   const std::vector<float> biases = repeated(channel_values(bias, "bias", map.channels, 0.0f), rows.width);
   const Chunks chunks = Chunks::of(rows.count, rows.width, rows.count);
   by_dtype(x.scalar_type(), [&](auto type) {

@@ -87,11 +87,9 @@ inline std::vector<double> inverse_deviation(const Tensor& var, int64_t channels
 }
 
 // weight / √(var + eps).
-inline std::vector<float> channel_scale(
-    const Tensor& var, const std::optional<Tensor>& weight, int64_t channels, double eps) {
-  std::vector<float> scale = channel_values(weight, "weight", channels, 1.0f);
-  const std::vector<double> inverse = inverse_deviation(var, channels, eps);
-  for (int64_t c = 0; c < channels; ++c) scale[c] = static_cast<float>(scale[c] * inverse[c]);
+inline std::vector<float> channel_scale(const std::optional<Tensor>& weight, const std::vector<double>& inverse) {
+  std::vector<float> scale = channel_values(weight, "weight", static_cast<int64_t>(inverse.size()), 1.0f);
+  for (size_t c = 0; c < inverse.size(); ++c) scale[c] = static_cast<float>(scale[c] * inverse[c]);
   return scale;
 }
 
@@ -106,12 +104,13 @@ class TwoSums {
  public:
   TwoSums(int64_t channels, int64_t width) : channels_(channels), width_(width), lanes_(2 * width), sums_(2 * channels) {}
 
-  // Adds terms(i, j) for the elements i of rows [begin, end), j being i's place in its row.
-  template <class Value>
+  // Adds terms(i, j) for the elements i of rows [begin, end), j being i's place in its row. kAtOnce rows at once spare loads
+  // and stores of lanes; only one may be where `terms` writes, or the loop would not be vectorised.
+  template <int kAtOnce, class Value>
   FASTCONV_INLINE void add_rows(const Rows& rows, int64_t begin, int64_t end, const Value& terms) {
     constexpr int64_t kRun = 128;
     for (; begin < end; begin += kRun) {
-      add_run(rows, begin, std::min(end, begin + kRun), terms);
+      add_run<kAtOnce>(rows, begin, std::min(end, begin + kRun), terms);
       fold();
     }
   }
@@ -135,13 +134,14 @@ class TwoSums {
   const double* sums() const { return sums_.data(); }
 
  private:
-  template <class Value>
+  template <int kAtOnce, class Value>
   FASTCONV_INLINE void add_run(const Rows& rows, int64_t row, int64_t end, const Value& terms) {
     const int64_t width = width_;
     float* const first = lanes_.data();
     float* const second = first + width;
     const int64_t whole = std::min(end, rows.numel / width);
-    for (; row + 4 <= whole; row += 4) {
+    static_assert(kAtOnce == 1 || kAtOnce == 4);
+    for (; kAtOnce == 4 && row + 4 <= whole; row += 4) {
       const int64_t i = row * width;
       FASTCONV_VECTORIZE
       for (int64_t j = 0; j < width; ++j) {
@@ -167,8 +167,12 @@ class TwoSums {
   std::vector<double> sums_;
 };
 
-// The most chunks of a pass that sums, and so the most partial sums.
-constexpr int64_t kMostPartials = 128;
+// Chunks of a pass that sums `items` of `cost` elements. Each has work of its own for every channel: it should have twice the
+// elements of others.
+inline Chunks summing_chunks(int64_t items, int64_t cost) {
+  constexpr int64_t kMostPartials = 128;
+  return Chunks::of(items, (cost + 1) / 2, kMostPartials);
+}
 
 // Where backward's two sums go, and what the input gradient takes from them.
 class GradSums {

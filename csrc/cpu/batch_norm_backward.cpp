@@ -16,7 +16,14 @@ struct Written {
 
 template <bool kGate, class T>
 FASTCONV_INLINE T closed_grad(const T* grad, const T* gate, int64_t i) {
-  return kGate ? keep_if(!(load(gate[i]) <= 0), grad[i]) : grad[i];
+  if constexpr (!kGate) return grad[i];
+  return keep_if(!(load(gate[i]) <= 0), grad[i]);
+}
+
+template <bool kGate, class T>
+FASTCONV_INLINE float closed_value(const T* grad, const T* gate, int64_t i) {
+  if constexpr (!kGate) return load(grad[i]);
+  return keep_if(!(load(gate[i]) <= 0), load(grad[i]));
 }
 
 // body(begin, end) over rows in parallel, the last chunk of a thread's first.
@@ -45,12 +52,11 @@ void sum(
     T* const closed = written.closed;
     for (int64_t chunk = first; chunk < last; ++chunk) {
       TwoSums sums(rows.channels, rows.width);
-      sums.add_rows(
+      sums.add_rows<kInput || kClosed ? 1 : 4>(
           rows, chunks.begin(chunk), chunks.end(chunk), [=](int64_t i, int64_t j) FASTCONV_INLINE_LAMBDA -> Terms {
-            const T kept = closed_grad<kGate>(grad, gate, i);
-            const float g = load(kept);
-            if (kClosed) closed[i] = kept;
-            if (kInput) input_grad[i] = round_to<T>(g * scale[j]);
+            const float g = closed_value<kGate>(grad, gate, i);
+            if constexpr (kClosed) closed[i] = closed_grad<kGate>(grad, gate, i);
+            if constexpr (kInput) input_grad[i] = round_to<T>(g * scale[j]);
             return {g, g * (load(x[i]) - mean[j])};
           });
       output.keep(chunk, sums);
@@ -70,9 +76,8 @@ void input_grad_of_constants(
       T* const closed = with_closed.value ? written.closed + begin : nullptr;
       FASTCONV_VECTORIZE
       for (int64_t j = 0; j < elements; ++j) {
-        const T kept = closed_grad<kGate>(g, y, j);
-        if (with_closed.value) closed[j] = kept;
-        out[j] = round_to<T>(load(kept) * scale[j]);
+        if constexpr (with_closed.value) closed[j] = closed_grad<kGate>(g, y, j);
+        out[j] = round_to<T>(closed_value<kGate>(g, y, j) * scale[j]);
       }
     });
   });
@@ -93,7 +98,7 @@ void input_grad_of_batch(const T* grad, const T* gate, const T* x, const InputGr
     const float* const slope = slopes.data();
     FASTCONV_VECTORIZE
     for (int64_t j = 0; j < elements; ++j) {
-      const float kept = load(closed_grad<kGate>(g, y, j));
+      const float kept = closed_value<kGate>(g, y, j);
       out[j] = round_to<T>(varying_grad(kept, load(in[j]), mean[j], scale[j], grad_mean[j], slope[j]));
     }
   });
@@ -107,7 +112,7 @@ void backward(
   const std::vector<float> scales = repeated(terms.scale, rows.width);
   if (x == nullptr) return input_grad_of_constants<kGate>(grad, gate, scales, written, rows);
   const std::vector<float> means = repeated(terms.mean, rows.width);
-  const Chunks chunks = Chunks::of(rows.count, rows.width, kMostPartials);
+  const Chunks chunks = summing_chunks(rows.count, rows.width);
   GradSums sums(chunks.count, map.channels);
   const bool of_batch = training && written.input_grad != nullptr;
   by_flag(written.input_grad != nullptr && !training, [&](auto with_input) {
@@ -137,9 +142,8 @@ void batch_norm_relu_backward(
   if (closed) check_same(*closed, "closed", map, dtype);
   check_sums(sums, x.has_value(), map);
   STD_TORCH_CHECK(x || (input_grad && !training), "fastconv_native: x is needed but for the gradient of constant statistics");
-  const InputGrad terms(
-      channel_values(mean, "mean", map.channels), channel_scale(var, weight, map.channels, eps));
   const std::vector<double> inverse = inverse_deviation(var, map.channels, eps);
+  const InputGrad terms(channel_values(mean, "mean", map.channels), channel_scale(weight, inverse));
   by_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const T* const g = read<T>(grad);

@@ -91,11 +91,11 @@ FASTCONV_INLINE void sum_window(
   FASTCONV_VECTORIZE
   for (int64_t c = 0; c < channels; ++c) {
     const int32_t winner = code[c];
-    const float g = keep_if(winner != 0, load(grad[c]));
-    float value = load(taps[0][c]);
-    for (int tap = 1; tap < 4; ++tap) value = winner == tap + 1 ? load(taps[tap][c]) : value;
-    first[c] += g;
-    second[c] += g * (value - mean[c]);
+    const float g = load(grad[c]), m = mean[c];
+    float products[4];  // of all taps, as NaN has to pass where torch lets it: through closed ones too
+    for (int tap = 0; tap < 4; ++tap) products[tap] = keep_if(winner == tap + 1, g) * (load(taps[tap][c]) - m);
+    first[c] += keep_if(winner != 0, g);
+    second[c] += (products[0] + products[1]) + (products[2] + products[3]);
     if (kInput) {
       const T share = round_to<T>(g * scale[c]);
       for (int tap = 0; tap < 4; ++tap) grads[tap][c] = keep_if(winner == tap + 1, share);
@@ -220,7 +220,7 @@ void batch_norm_relu_max_pool2d(
   check_same(code, "code", pooled, ScalarType::Byte);
   if (residual) check_same(*residual, "residual", map, x.scalar_type());
   const std::vector<float> means = channel_values(mean, "mean", map.channels);
-  const std::vector<float> scales = channel_scale(var, weight, map.channels, eps);
+  const std::vector<float> scales = channel_scale(weight, inverse_deviation(var, map.channels, eps));
   const std::vector<float> biases = channel_values(bias, "bias", map.channels, 0.0f);
   by_dtype(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -245,15 +245,15 @@ void batch_norm_relu_max_pool2d_backward(
   if (x) check_same(*x, "x", map, dtype);
   if (input_grad) check_same(*input_grad, "input_grad", map, dtype);
   check_sums(sums, x.has_value(), map);
-  InputGrad terms(channel_values(mean, "mean", map.channels), channel_scale(var, weight, map.channels, eps));
   const std::vector<double> inverse = inverse_deviation(var, map.channels, eps);
+  InputGrad terms(channel_values(mean, "mean", map.channels), channel_scale(weight, inverse));
   by_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const T* const g = read<T>(grad);
     const uint8_t* const k = read<uint8_t>(code);
     T* const out = input_grad ? write<T>(*input_grad) : nullptr;
     if (!x) return write_input_grad<false>(g, k, static_cast<const T*>(nullptr), out, terms, p);
-    const Chunks chunks = Chunks::of(p.items(), p.cost(), kMostPartials);
+    const Chunks chunks = summing_chunks(p.items(), p.cost());
     GradSums partials(chunks.count, map.channels);
     by_flag(out != nullptr && !training, [&](auto with_input) {
       sum<with_input.value>(g, k, read<T>(*x), out, terms, p, chunks, partials);
