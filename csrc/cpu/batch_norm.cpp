@@ -11,10 +11,10 @@ namespace {
 // A value near the mean of pixels [begin, end), from the first of them: sums of distances to it lose no digits to a mean far
 // from 0. Finite, so that infinities stay what they are.
 template <class T>
-std::vector<float> pivots(const T* x, int64_t channels, int64_t begin, int64_t end) {
+Floats pivots(const T* x, int64_t channels, int64_t begin, int64_t end) {
   constexpr int64_t kPixels = 8;
   end = std::min(end, begin + kPixels);
-  std::vector<float> values(channels, 0.0f);
+  Floats values(channels, 0.0f);
   for (int64_t pixel = begin; pixel < end; ++pixel) {
     for (int64_t c = 0; c < channels; ++c) values[c] += load(x[pixel * channels + c]);
   }
@@ -61,12 +61,12 @@ void statistics(const T* x, const Map& map, float* mean, float* var) {
   for_chunks(chunks.count, [&](int64_t first, int64_t last) FASTCONV_INLINE_LAMBDA {
     for (int64_t chunk = first; chunk < last; ++chunk) {
       const int64_t begin = rows.start(chunks.begin(chunk)) / channels, end = rows.start(chunks.end(chunk)) / channels;
-      const std::vector<float> pivot = pivots(x, channels, begin, end);
-      const std::vector<float> row = repeated(pivot, rows.width);
+      const Floats pivot = pivots(x, channels, begin, end);
+      const Floats row = repeated(pivot, rows.width);
       TwoSums sums(channels, rows.width);
       const float* const near = row.data();
       const T* const values = x;
-      sums.add_rows<4>(
+      sums.add_rows<1>(
           rows, chunks.begin(chunk), chunks.end(chunk), [=](int64_t i, int64_t j) FASTCONV_INLINE_LAMBDA -> Terms {
             const float distance = load(values[i]) - near[j];
             return {distance, distance * distance};
@@ -95,9 +95,9 @@ FASTCONV_INLINE void normalise(
   }
 }
 
-void update(const Tensor& running, const char* name, const std::vector<float>& batch, double momentum, double factor) {
+void update(const Tensor& running, const char* name, const Floats& batch, double momentum, double factor) {
   const int64_t channels = static_cast<int64_t>(batch.size());
-  std::vector<float> values = channel_values(running, name, channels);
+  Floats values = channel_values(running, name, channels);
   const int64_t stride = running.stride(0);
   by_dtype(running.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -128,10 +128,10 @@ void batch_norm_relu(
   check_same(output, "output", map, x.scalar_type());
   if (residual) check_same(*residual, "residual", map, x.scalar_type());
   const Rows rows = Rows::of(map);
-  const std::vector<float> means = repeated(channel_values(mean, "mean", map.channels), rows.width);
+  const Floats means = repeated(channel_values(mean, "mean", map.channels), rows.width);
   const std::vector<double> inverse = inverse_deviation(var, map.channels, eps);
-  const std::vector<float> scales = repeated(channel_scale(weight, inverse), rows.width);
-  const std::vector<float> biases = repeated(channel_values(bias, "bias", map.channels, 0.0f), rows.width);
+  const Floats scales = repeated(channel_scale(weight, inverse), rows.width);
+  const Floats biases = repeated(channel_values(bias, "bias", map.channels, 0.0f), rows.width);
   const Chunks chunks = Chunks::of(rows.count, rows.width, rows.count);
   by_dtype(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
@@ -142,7 +142,7 @@ void batch_norm_relu(
       by_flag(relu, [&](auto with_relu) {
         for_chunks(chunks.count, [&](int64_t first, int64_t last) FASTCONV_INLINE_LAMBDA {
           // Backwards: what the pass over the statistics read last is still in cache.
-          for (int64_t chunk = last - 1; chunk >= first; --chunk) {
+          for (int64_t chunk = first; chunk < last; ++chunk) {
             for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
               const int64_t i = rows.start(row);
               normalise<with_residual.value, with_relu.value>(

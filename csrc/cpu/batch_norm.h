@@ -4,6 +4,7 @@
 #include "tensors.h"
 
 #include <cmath>
+#include <new>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -15,6 +16,26 @@ template <class Body>
 void by_flag(bool flag, const Body& body) {
   flag ? body(std::true_type{}) : body(std::false_type{});
 }
+
+// Memory that begins with a cache line, as tensors' does: vectors of it that lie across two would take twice the time.
+template <class T>
+struct LineAllocator {
+  using value_type = T;
+  static constexpr std::align_val_t kLine{64};
+
+  LineAllocator() = default;
+  template <class Other>
+  LineAllocator(const LineAllocator<Other>&) {}
+
+  T* allocate(size_t count) { return static_cast<T*>(::operator new(count * sizeof(T), kLine)); }
+  void deallocate(T* data, size_t) { ::operator delete(data, kLine); }
+  template <class Other>
+  bool operator==(const LineAllocator<Other>&) const {
+    return true;
+  }
+};
+
+using Floats = std::vector<float, LineAllocator<float>>;
 
 // A map as rows of `width` elements, each of whole pixels: of as many as leave no tail of a vector, where channels are few.
 // Element j of any row belongs to channel j % channels.
@@ -37,17 +58,17 @@ struct Rows {
 };
 
 // One value for each element of a row, from one for each channel.
-inline std::vector<float> repeated(const std::vector<float>& values, int64_t width) {
-  std::vector<float> row(width);
+inline Floats repeated(const Floats& values, int64_t width) {
+  Floats row(width);
   for (auto next = row.begin(); next != row.end();) next = std::copy(values.begin(), values.end(), next);
   return row;
 }
 
 // An operand of one value a channel, of any of the dtypes and any stride.
-inline std::vector<float> channel_values(const Tensor& tensor, const char* name, int64_t channels) {
+inline Floats channel_values(const Tensor& tensor, const char* name, int64_t channels) {
   STD_TORCH_CHECK(
       tensor.dim() == 1 && tensor.size(0) == channels, "fastconv_native: ", name, " must have one value for each channel");
-  std::vector<float> values(channels);
+  Floats values(channels);
   const int64_t stride = tensor.stride(0);
   by_dtype(tensor.scalar_type(), [&](auto type) {
     const auto* const data = read<typename decltype(type)::type>(tensor);
@@ -56,9 +77,9 @@ inline std::vector<float> channel_values(const Tensor& tensor, const char* name,
   return values;
 }
 
-inline std::vector<float> channel_values(
+inline Floats channel_values(
     const std::optional<Tensor>& tensor, const char* name, int64_t channels, float absent) {
-  return tensor ? channel_values(*tensor, name, channels) : std::vector<float>(channels, absent);
+  return tensor ? channel_values(*tensor, name, channels) : Floats(channels, absent);
 }
 
 // Outputs of one float32 value, or two, for each channel.
@@ -81,14 +102,14 @@ inline void check_sums(const std::optional<Tensor>& sums, bool wanted, const Map
 // 1 / √(var + eps).
 inline std::vector<double> inverse_deviation(const Tensor& var, int64_t channels, double eps) {
   std::vector<double> inverse(channels);
-  const std::vector<float> values = channel_values(var, "var", channels);
+  const Floats values = channel_values(var, "var", channels);
   for (int64_t c = 0; c < channels; ++c) inverse[c] = 1.0 / std::sqrt(static_cast<double>(values[c]) + eps);
   return inverse;
 }
 
 // weight / √(var + eps).
-inline std::vector<float> channel_scale(const std::optional<Tensor>& weight, const std::vector<double>& inverse) {
-  std::vector<float> scale = channel_values(weight, "weight", static_cast<int64_t>(inverse.size()), 1.0f);
+inline Floats channel_scale(const std::optional<Tensor>& weight, const std::vector<double>& inverse) {
+  Floats scale = channel_values(weight, "weight", static_cast<int64_t>(inverse.size()), 1.0f);
   for (size_t c = 0; c < inverse.size(); ++c) scale[c] = static_cast<float>(scale[c] * inverse[c]);
   return scale;
 }
@@ -163,7 +184,7 @@ class TwoSums {
   }
 
   int64_t channels_, width_;
-  std::vector<float> lanes_;  // [2, width]
+  Floats lanes_;  // [2, width]
   std::vector<double> sums_;
 };
 
@@ -203,9 +224,9 @@ class GradSums {
 
 // The input's gradient: scale · (grad − grad_mean − (x − mean) · slope), where the statistics depend on the input.
 struct InputGrad {
-  std::vector<float> mean, scale, grad_mean, slope;
+  Floats mean, scale, grad_mean, slope;
 
-  InputGrad(std::vector<float> means, std::vector<float> scales)
+  InputGrad(Floats means, Floats scales)
       : mean(std::move(means)), scale(std::move(scales)), grad_mean(mean.size()), slope(mean.size()) {}
 
   void depend(const GradSums& sums, const std::vector<double>& inverse, int64_t pixels) {

@@ -31,7 +31,7 @@ template <class Body>
 void for_rows_backwards(const Rows& rows, const Body& body) {
   const Chunks chunks = Chunks::of(rows.count, rows.width, rows.count);
   for_chunks(chunks.count, [&](int64_t first, int64_t last) FASTCONV_INLINE_LAMBDA {
-    for (int64_t chunk = last - 1; chunk >= first; --chunk) {
+    for (int64_t chunk = first; chunk < last; ++chunk) {
       for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
         const int64_t begin = rows.start(row);
         body(begin, rows.start(row + 1) - begin);
@@ -43,7 +43,7 @@ void for_rows_backwards(const Rows& rows, const Body& body) {
 // The two sums, and on the way what `written` asks for, the input's gradient as that of constant statistics.
 template <bool kGate, bool kInput, bool kClosed, class T>
 void sum(
-    const T* grad, const T* gate, const T* x, const std::vector<float>& means, const std::vector<float>& scales,
+    const T* grad, const T* gate, const T* x, const Floats& means, const Floats& scales,
     const Written<T>& written, const Rows& rows, const Chunks& chunks, GradSums& output) {
   for_chunks(chunks.count, [&](int64_t first, int64_t last) FASTCONV_INLINE_LAMBDA {
     const float* const mean = means.data();
@@ -52,7 +52,7 @@ void sum(
     T* const closed = written.closed;
     for (int64_t chunk = first; chunk < last; ++chunk) {
       TwoSums sums(rows.channels, rows.width);
-      sums.add_rows<kInput || kClosed ? 1 : 4>(
+      sums.add_rows<1>(
           rows, chunks.begin(chunk), chunks.end(chunk), [=](int64_t i, int64_t j) FASTCONV_INLINE_LAMBDA -> Terms {
             const float g = closed_value<kGate>(grad, gate, i);
             if constexpr (kClosed) closed[i] = closed_grad<kGate>(grad, gate, i);
@@ -66,7 +66,7 @@ void sum(
 
 template <bool kGate, class T>
 void input_grad_of_constants(
-    const T* grad, const T* gate, const std::vector<float>& scales, const Written<T>& written, const Rows& rows) {
+    const T* grad, const T* gate, const Floats& scales, const Written<T>& written, const Rows& rows) {
   by_flag(written.closed != nullptr, [&](auto with_closed) {
     for_rows_backwards(rows, [&](int64_t begin, int64_t elements) FASTCONV_INLINE_LAMBDA {
       const T* const g = grad + begin;
@@ -85,8 +85,8 @@ void input_grad_of_constants(
 
 template <bool kGate, class T>
 void input_grad_of_batch(const T* grad, const T* gate, const T* x, const InputGrad& terms, T* input_grad, const Rows& rows) {
-  const std::vector<float> means = repeated(terms.mean, rows.width), scales = repeated(terms.scale, rows.width);
-  const std::vector<float> grad_means = repeated(terms.grad_mean, rows.width), slopes = repeated(terms.slope, rows.width);
+  const Floats means = repeated(terms.mean, rows.width), scales = repeated(terms.scale, rows.width);
+  const Floats grad_means = repeated(terms.grad_mean, rows.width), slopes = repeated(terms.slope, rows.width);
   for_rows_backwards(rows, [&](int64_t begin, int64_t elements) FASTCONV_INLINE_LAMBDA {
     const T* const g = grad + begin;
     const T* const y = gate + begin;
@@ -109,9 +109,9 @@ void backward(
     const T* grad, const T* gate, const T* x, InputGrad terms, const std::vector<double>& inverse, bool training,
     float* sums_output, const Written<T>& written, const Map& map) {
   const Rows rows = Rows::of(map);
-  const std::vector<float> scales = repeated(terms.scale, rows.width);
+  const Floats scales = repeated(terms.scale, rows.width);
   if (x == nullptr) return input_grad_of_constants<kGate>(grad, gate, scales, written, rows);
-  const std::vector<float> means = repeated(terms.mean, rows.width);
+  const Floats means = repeated(terms.mean, rows.width);
   const Chunks chunks = summing_chunks(rows.count, rows.width);
   GradSums sums(chunks.count, map.channels);
   const bool of_batch = training && written.input_grad != nullptr;

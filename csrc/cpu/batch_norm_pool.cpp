@@ -64,8 +64,8 @@ FASTCONV_INLINE void pool_window(
 
 template <bool kResidual, class T>
 void pool(
-    const T* x, const T* residual, T* output, uint8_t* code, const std::vector<float>& means,
-    const std::vector<float>& scales, const std::vector<float>& biases, const Pooling& p) {
+    const T* x, const T* residual, T* output, uint8_t* code, const Floats& means,
+    const Floats& scales, const Floats& biases, const Pooling& p) {
   const Chunks chunks = Chunks::of(p.items(), p.cost(), p.items());
   for_chunks(chunks.count, [&](int64_t first, int64_t last) FASTCONV_INLINE_LAMBDA {
     const int64_t channels = p.channels, below = p.width * channels;
@@ -219,9 +219,9 @@ void batch_norm_relu_max_pool2d(
   check_same(output, "output", pooled, x.scalar_type());
   check_same(code, "code", pooled, ScalarType::Byte);
   if (residual) check_same(*residual, "residual", map, x.scalar_type());
-  const std::vector<float> means = channel_values(mean, "mean", map.channels);
-  const std::vector<float> scales = channel_scale(weight, inverse_deviation(var, map.channels, eps));
-  const std::vector<float> biases = channel_values(bias, "bias", map.channels, 0.0f);
+  const Floats means = channel_values(mean, "mean", map.channels);
+  const Floats scales = channel_scale(weight, inverse_deviation(var, map.channels, eps));
+  const Floats biases = channel_values(bias, "bias", map.channels, 0.0f);
   by_dtype(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
     const T* const in = read<T>(x);
