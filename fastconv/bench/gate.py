@@ -23,9 +23,7 @@ _TF32_UNIT = 2.0**-11  # operands rounded (not truncated) to ten bits of mantiss
 _TRANSFORMED_RMS, _TRANSFORMED_MAXIMUM = 2.5, 8.0
 
 
-def bounds(
-    dtype: torch.dtype, reduction: int, tf32: bool = False, transformed: bool = False
-) -> tuple[float, float, float]:
+def bounds(dtype: torch.dtype, reduction: int, tf32: bool = False, transformed: bool = False) -> tuple[float, float, float]:
     """(relative maximum per element, maximum in units of the expected RMS, RMS error in the same units)."""
     unit = _UNIT[dtype]
     accumulation = max(_UNIT[torch.float64], _UNIT[torch.float32] if dtype != torch.float64 else 0.0)
