@@ -9,6 +9,7 @@ the root-mean-square error, the latter catching what a generous maximum would hi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -57,3 +58,26 @@ def deviation(actual: Tensor, expected: Tensor, reduction: int, tf32: bool = Fal
     if not measured <= rms * scale:
         return f"RMS error {measured:.3e} over {rms:.1e} · {scale:.3e}"
     return None
+
+
+def errors(actual: Tensor, expected: Tensor) -> tuple[float, float]:
+    """(largest, root mean square) error, in units of the float64 `expected`'s root mean square."""
+    error = (actual.detach().double() - expected.detach().double()).abs()
+    size = expected.detach().double().square().mean().sqrt().item() or 1.0
+    return error.max().item() / size, error.square().mean().sqrt().item() / size
+
+
+def net_bounds(dtype: torch.dtype, reductions: Sequence[int]) -> tuple[float, float]:
+    """(relative norm allowed to the error of a net's output, of a gradient of its parameters).
+
+    Each layer adds an error of its own to the output: ReLUs and pools do not enlarge one, random weights hardly. An error e
+    of the maps turns the sign of some share e of their elements and the winners of as many windows; each turn takes a
+    term from a gradient or adds one, and those terms are √e of its norm. So this finds gradients that are lost,
+    doubled or mixed up; what kernels compute is told apart by fastconv.bench.audit only.
+
+    Args:
+        dtype: of the maps.
+        reductions: of each layer with weights, the number of products summed into an element.
+    """
+    output = sum(bounds(dtype, reduction)[2] for reduction in reductions)
+    return output, 2 * math.sqrt(output)
