@@ -27,15 +27,23 @@ def bounds(dtype: torch.dtype, reduction: int, tf32: bool = False) -> tuple[floa
     return 2 * unit, 2 * unit + 6 * summed, unit + summed
 
 
-def deviation(actual: Tensor, expected: Tensor, reduction: int, tf32: bool = False, scale: float = 0.0) -> str | None:
+def deviation(
+    actual: Tensor,
+    expected: Tensor,
+    reduction: int,
+    tf32: bool = False,
+    scale: float = 0.0,
+    dtype: torch.dtype | None = None,
+) -> str | None:
     """None where `actual` is as near to the float64 `expected` as its dtype allows; else how far off it is.
 
     Args:
         reduction: the number of products summed into an element (taps · channels for a convolution; 1 for a pool).
         tf32: products may round their operands to TF32.
         scale: the least size to measure errors by, where few elements are expected and their terms may cancel.
+        dtype: whose rounding is allowed, where terms were rounded to another one than the result's.
     """
-    dtype = actual.dtype
+    dtype = actual.dtype if dtype is None else dtype
     if actual.shape != expected.shape:
         return f"shape {tuple(actual.shape)} != {tuple(expected.shape)}"
     actual, expected = actual.detach().double(), expected.detach().double()

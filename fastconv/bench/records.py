@@ -115,15 +115,15 @@ class Record:
             raise ValueError(f"Record: quantiles {self.q20_ms}, {self.median_ms}, {self.q80_ms} are not in order")
 
 
-def write(path: Path, records: Iterable[Record]) -> None:
-    """Make `path` hold `records`, in place of all that it held of their dtypes.
+def write(path: Path, records: Iterable[Record], *, whole: bool) -> None:
+    """Make `path` hold `records`: nothing else if they are the `whole` of a suite, or beside what it has of other trials.
 
     Raises:
-        ValueError: what lies there is no list of records.
+        ValueError: what lies there is no list of records, and would be kept.
     """
     made = list(records)
-    dtypes = {record.dtype for record in made}
-    kept = [record for record in read(path) if record.dtype not in dtypes] if path.is_file() else []
+    trials = {_trial(record) for record in made}
+    kept = [] if whole or not path.is_file() else [record for record in read(path) if _trial(record) not in trials]
     path.parent.mkdir(parents=True, exist_ok=True)
     rows = [json.dumps(dataclasses.asdict(record), ensure_ascii=False) for record in (*kept, *made)]
     path.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
@@ -142,6 +142,11 @@ def read(path: Path) -> list[Record]:
         return [Record(**row) for row in rows]
     except TypeError as error:
         raise ValueError(f"{path}: {error}") from error
+
+
+def _trial(record: Record) -> tuple[str, ...]:
+    """What providers are compared within."""
+    return (record.suite, record.case, record.direction, record.dtype)
 
 
 def _version(distribution: str) -> str | None:
