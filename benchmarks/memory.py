@@ -1,15 +1,14 @@
 """The peak memory of a training step, in a process of its own: `python -m benchmarks.memory`.
 
-What is told is how far the process's resident memory grows, at its highest (getrusage's ru_maxrss), above what it was
-with the net and the batch in place: maps and gradients, the optimizer's state, and whatever kernels and libraries
-allocate, by whichever allocator. Pages that an allocator keeps count as long as it keeps them.
+What is told is how far the process's resident memory grows, at its highest, above what it was with the net and the batch
+in place: maps and gradients, the optimizer's state, and whatever kernels and libraries allocate, by whichever allocator.
+Pages that an allocator keeps count as long as it keeps them. Linux tells both in /proc/self/status; getrusage's ru_maxrss
+would not do, as it starts with that of the process which started this one.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -43,16 +42,17 @@ def _measure(net: Net, dtype: str, provider: str) -> int:
     for shown in (small, net):  # the first step of all loads code, which is not a step's memory
         runner = Runner(shown, dtype, provider, shown.build("torch").state_dict(), is_step=True)
         batch = Batch(shown, next(runner.model.parameters()).dtype, 10)
-        before = _resident()
+        before = _status("VmRSS")
         for _ in range(_STEPS):
             runner.step(batch)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return _status("VmHWM") - before
 
 
-def _resident() -> int:
-    """Bytes of this process in memory now."""
-    pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+def _status(name: str) -> int:
+    """VmRSS, this process's bytes in memory now, or VmHWM, the most that they were."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
+    return int(kilobytes) * 1024
 
 
 def main() -> int:

@@ -103,19 +103,27 @@ def _compare(name: str, a: dict[str, Any], pairs: list[tuple[Tensor, Tensor]], p
         else:
             # Sums, which may be wider than the maps, are of gradients that may have been rounded.
             dtype = policy.dtype if "grad" in a else actual.dtype
-            wrong = gate.deviation(actual, exact, reduction, policy.tf32, _scale(a, exact, reduction), dtype)
+            wrong = gate.deviation(actual, exact, reduction, policy.tf32, _scale(name, a, exact, pairs[0][1]), dtype)
         if wrong is not None:
             return f"result {at}: {wrong}"
     return None
 
 
-def _scale(a: dict[str, Any], exact: Tensor, reduction: int) -> float:
-    """Sums over a map may cancel down to their rounding: what counts is the size of independent terms' sum."""
+def _scale(name: str, a: dict[str, Any], exact: Tensor, first: Tensor) -> float:
+    """Sums over maps may cancel down to their rounding: what counts is the size of as many independent terms' sum.
+
+    Behind an average, terms of a map are equal, and so are their roundings: what a map's own sum is counts too.
+    """
     if exact.dim() > 2 or exact.numel() == 0:
         return 0.0
-    terms = a["grad"] if "grad" in a else a.get("input", exact)
-    size: float = terms.square().mean().sqrt().item()
-    return size * math.sqrt(reduction) if "grad" in a else size
+    if "grad" not in a:
+        return _rms(a.get("input", exact))  # a mean's
+    terms = first if name in _SUMMED else a["grad"]
+    return math.hypot(_rms(terms) * math.sqrt(_pixels(terms)), _rms(terms.sum((2, 3))) * math.sqrt(terms.shape[0]))
+
+
+def _rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item()
 
 
 def _codes(a: dict[str, Any], output: tuple[Tensor, Tensor], code: Tensor, reduction: int, tf32: bool) -> str | None:
@@ -167,6 +175,8 @@ def _norm(a: dict[str, Any]) -> tuple[int, ...]:
     return (_pixels(a["grad"] if "grad" in a else a["input"]),) * 4
 
 
+# Operators whose last result is the sum of their first, and those whose second is a code.
+_SUMMED = ("conv2d_backward_relu", "relu_backward", "max_pool2d_backward")
 _POOLED = ("conv2d_relu_max_pool2d", "max_pool2d", "batch_norm_relu_max_pool2d")
 
 # For each result of an operator the number of terms that are summed into one of its elements.
