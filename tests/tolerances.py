@@ -28,5 +28,5 @@ def assert_close(
         reduction: the number of products summed into an element (taps · channels for a convolution; 1 for a pool).
     """
     assert actual.dtype == dtype, f"{what}: dtype {actual.dtype} != {dtype}"
-    wrong = deviation(actual, expected, reduction, tf32, scale, transformed)
+    wrong = deviation(actual, expected, reduction, tf32, scale, transformed=transformed)
     assert wrong is None, f"{what}: {wrong}"

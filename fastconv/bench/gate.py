@@ -9,9 +9,12 @@ the root-mean-square error, the latter catching what a generous maximum would hi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fastconv.precision import get_precision
 
 # Unit roundoff of each dtype, and of the float32 (float64) accumulation behind it.
 _UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -32,8 +35,19 @@ def bounds(dtype: torch.dtype, reduction: int, tf32: bool = False, transformed: 
     return 2 * unit, 2 * unit + 6 * maximum * summed, unit + rms * summed
 
 
+def may_transform(device_type: str, kernel_size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether Winograd's transforms may serve a convolution under the precision in force."""
+    return (device_type, get_precision(), tuple(kernel_size), tuple(stride)) == ("cpu", "fast", (3, 3), (1, 1))
+
+
 def deviation(
-    actual: Tensor, expected: Tensor, reduction: int, tf32: bool = False, scale: float = 0.0, transformed: bool = False
+    actual: Tensor,
+    expected: Tensor,
+    reduction: int,
+    tf32: bool = False,
+    scale: float = 0.0,
+    dtype: torch.dtype | None = None,
+    transformed: bool = False,
 ) -> str | None:
     """None where `actual` is as near to the float64 `expected` as its dtype allows; else how far off it is.
 
@@ -41,9 +55,10 @@ def deviation(
         reduction: the number of products summed into an element (taps · channels for a convolution; 1 for a pool).
         tf32: products may round their operands to TF32.
         scale: the least size to measure errors by, where few elements are expected and their terms may cancel.
+        dtype: whose rounding is allowed, where terms were rounded to another one than the result's.
         transformed: products may be regrouped by Winograd's transforms.
     """
-    dtype = actual.dtype
+    dtype = actual.dtype if dtype is None else dtype
     if actual.shape != expected.shape:
         return f"shape {tuple(actual.shape)} != {tuple(expected.shape)}"
     actual, expected = actual.detach().double(), expected.detach().double()
@@ -66,3 +81,27 @@ def deviation(
     if not measured <= rms * scale:
         return f"RMS error {measured:.3e} over {rms:.1e} · {scale:.3e}"
     return None
+
+
+def errors(actual: Tensor, expected: Tensor) -> tuple[float, float]:
+    """(largest, root mean square) error, in units of the float64 `expected`'s root mean square."""
+    error = (actual.detach().double() - expected.detach().double()).abs()
+    size = expected.detach().double().square().mean().sqrt().item() or 1.0
+    return error.max().item() / size, error.square().mean().sqrt().item() / size
+
+
+def net_bounds(dtype: torch.dtype, reductions: Sequence[int], transformed: bool = False) -> tuple[float, float]:
+    """(relative norm allowed to the error of a net's output, of a gradient of its parameters).
+
+    Each layer adds an error of its own to the output: ReLUs and pools do not enlarge one, random weights hardly. An error e
+    of the maps turns the sign of some share e of their elements and the winners of as many windows; each turn takes a
+    term from a gradient or adds one, and those terms are √e of its norm. So this finds gradients that are lost,
+    doubled or mixed up; what kernels compute is told apart by fastconv.bench.audit only.
+
+    Args:
+        dtype: of the maps.
+        reductions: of each layer with weights, the number of products summed into an element.
+        transformed: as in `deviation`, of any layer.
+    """
+    output = sum(bounds(dtype, reduction, transformed=transformed)[2] for reduction in reductions)
+    return output, 2 * math.sqrt(output)

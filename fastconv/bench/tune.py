@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from fastconv import backends, tuning
-from fastconv.backends import aten
 from fastconv.bench import gate
+from fastconv.bench.audit import winners
 from fastconv.bench.timing import Timing, compare, ratio
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import set_precision
@@ -190,12 +190,19 @@ def _verify(*reductions: int, call: Call) -> Callable[[Results, Results, Results
 
     def verify(results: Results, exact: Results, operands: Results) -> str | None:
         reasons = (
-            gate.deviation(result, wanted, reduction, call.policy.tf32)
+            gate.deviation(result, wanted, reduction, call.policy.tf32, transformed=_transformed(call))
             for result, wanted, reduction in zip(results, exact, reductions, strict=True)
         )
         return next((reason for reason in reasons if reason is not None), None)
 
     return verify
+
+
+def _transformed(call: Call) -> bool:
+    g = call.geometry
+    if not isinstance(g, ConvGeometry) or not tuning.is_cpu(call.chip):
+        return False
+    return gate.may_transform("cpu", (g.kernel_height, g.kernel_width), g.stride)
 
 
 def _conv_arguments(g: ConvGeometry) -> tuple[object, ...]:
@@ -242,20 +249,10 @@ def _verify_winners(
 
     def verify(results: Results, exact: Results, operands: Results) -> str | None:
         (output, code), maxima = results, exact[0]
-        wrong = gate.deviation(output, maxima, reduction, call.policy.tf32)
+        wrong = gate.deviation(output, maxima, reduction, call.policy.tf32, transformed=_transformed(call))
         if wrong is not None:
             return wrong
-        if code.max() > pool.positions:
-            return f"a winner's code is {code.max()}, of {pool.positions} positions"
-        indices = aten.code_to_indices(code, pool)
-        if indices.min() < 0 or indices.max() >= pool.height * pool.width:  # which gather must not see on a GPU
-            return "winners: a code names an element outside of the map"
-        named = unpooled(operands).flatten(2).gather(2, indices.flatten(2)).view(maxima.shape)
-        if relu:
-            named = named.masked_fill(code == 0, 0)
-        named = torch.where(maxima.isfinite(), named, maxima)  # a window outside the map has no winner
-        wrong = gate.deviation(named.to(output.dtype), maxima, reduction, call.policy.tf32)
-        return None if wrong is None else f"winners: {wrong}"
+        return winners(output, code, maxima, unpooled(operands), pool, relu, reduction, call.policy.tf32, _transformed(call))
 
     return verify
 
