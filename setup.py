@@ -23,6 +23,7 @@ SOURCES = (
     "csrc/registry.cpp",
     "csrc/cpu/avg_pool.cpp",
     "csrc/cpu/conv.cpp",
+    "csrc/cpu/conv/first.cpp",
     "csrc/cpu/conv/kernels_avx2.cpp",
     "csrc/cpu/conv/kernels_avx512.cpp",
     "csrc/cpu/conv/kernels_default.cpp",
@@ -34,8 +35,13 @@ SOURCES = (
 )
 HEADERS = (
     "csrc/cpu/channel_sums.h",
+    "csrc/cpu/conv/dispatch.h",
+    "csrc/cpu/conv/epilogue.h",
+    "csrc/cpu/conv/first.h",
+    "csrc/cpu/conv/first_kernels.h",
     "csrc/cpu/conv/kernels.h",
     "csrc/cpu/conv/kernels.inc",
+    "csrc/cpu/conv/output.h",
     "csrc/cpu/conv/product.h",
     "csrc/cpu/conv/vec.h",
     "csrc/cpu/conv/winograd.h",
