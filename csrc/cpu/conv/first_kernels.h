@@ -64,13 +64,13 @@ template <class T>
 FASTCONV_INLINE void write_pixels(
     const FirstPass<T>& pass, int64_t image, int64_t row, int64_t column, int64_t count, int64_t first, const float* sums) {
   const FirstSizes& s = pass.sizes;
-  const ConvOutput<T>& out = pass.output;
-  const int64_t start = ((image * s.out_height + row) * s.out_width + column) * s.out_channels;
-  for (int64_t half = 0; half < kPanel && first + half < s.out_channels; half += kWidth) {
-    const int64_t k = first + half, n = least(kWidth, s.out_channels - k);
+  const ConvOutput<T> out = pass.output;
+  const int64_t channels = s.out_channels, start = ((image * s.out_height + row) * s.out_width + column) * channels;
+  for (int64_t half = 0; half < kPanel && first + half < channels; half += kWidth) {
+    const int64_t k = first + half, n = least(kWidth, channels - k);
     const V bias = out.bias != nullptr ? load(out.bias + k, n) : V{};
     for (int64_t i = 0; i < count; ++i) {
-      const int64_t to = start + i * s.out_channels + k;
+      const int64_t to = start + i * channels + k;
       V value = load(sums + i * kPanel + half) + bias;
       if (out.residual != nullptr) value = value + load(out.residual + to, n);
       store(out.y + to, out.relu ? relu(value) : value, n);
@@ -84,10 +84,11 @@ FASTCONV_INLINE void write_windows(
     const FirstPass<T>& pass, int64_t image, int64_t row, int64_t rows, int64_t column, int64_t count, int64_t first,
     const float* sums) {
   const FirstSizes& s = pass.sizes;
-  const ConvOutput<T>& out = pass.output;
-  const int64_t start = ((image * out.pooled_height + row / 2) * out.pooled_width + column / 2) * s.out_channels;
-  for (int64_t half = 0; half < kPanel && first + half < s.out_channels; half += kWidth) {
-    const int64_t k = first + half, n = least(kWidth, s.out_channels - k);
+  const ConvOutput<T> out = pass.output;
+  const int64_t channels = s.out_channels;
+  const int64_t start = ((image * out.pooled_height + row / 2) * out.pooled_width + column / 2) * channels;
+  for (int64_t half = 0; half < kPanel && first + half < channels; half += kWidth) {
+    const int64_t k = first + half, n = least(kWidth, channels - k);
     const V bias = out.bias != nullptr ? load(out.bias + k, n) : V{};
     for (int64_t i = 0; i < count; i += 2) {
       V window[4];
@@ -98,7 +99,7 @@ FASTCONV_INLINE void write_windows(
       }
       VI code;
       const V value = pool_window(window, code);
-      const int64_t to = start + i / 2 * s.out_channels + k;
+      const int64_t to = start + i / 2 * channels + k;
       store(out.y + to, value, n);
       store_codes(out.code + to, code, n);
     }
@@ -112,15 +113,14 @@ void first_forward(const FirstPass<T>& pass, Strip strip, float* memory) {
   float* const rows = memory + 2 * kColumns * kPanel;
   const int64_t step = pass.output.code != nullptr ? 2 : 1;
   load_rows(s, pass.x, strip.image, strip.row * s.stride_h - s.pad_h, s.rows_read(strip.rows), rows);
-  for (int64_t first = 0; first < s.out_channels; first += kPanel) {
-    const float* const filter = pass.filter + first * s.taps();
-    for (int64_t r = 0; r < strip.rows; r += step) {
-      const int64_t row = strip.row + r, count = least(step, strip.rows - r);
-      for (int64_t column = 0; column < s.out_width; column += kColumns) {
-        const int64_t pixels = least(kColumns, s.out_width - column);
+  for (int64_t r = 0; r < strip.rows; r += step) {
+    const int64_t row = strip.row + r, count = least(step, strip.rows - r);
+    for (int64_t column = 0; column < s.out_width; column += kColumns) {
+      const int64_t pixels = least(kColumns, s.out_width - column);
+      for (int64_t first = 0; first < s.out_channels; first += kPanel) {
         for (int64_t i = 0; i < count; ++i) {
           const float* const top = rows + (r + i) * s.stride_h * s.padded();
-          sum_pixels(pass, top, row + i, column, pixels, filter, sums + i * kColumns * kPanel);
+          sum_pixels(pass, top, row + i, column, pixels, pass.filter + first * s.taps(), sums + i * kColumns * kPanel);
         }
         if (step == 2) {
           write_windows(pass, strip.image, row, count, column, pixels, first, sums);
@@ -148,15 +148,17 @@ template <class T>
 FASTCONV_INLINE bool open_grad(
     const FirstWeightGrad<T>& pass, Strip strip, int64_t column, int64_t count, int64_t k, float* to, int64_t pitch, float* bias) {
   const FirstSizes& s = pass.sizes;
-  const int64_t n = least(kWidth, s.out_channels - k);
+  const T* const grads = pass.grad;
+  const int64_t channels = s.out_channels, n = least(kWidth, channels - k);
   V sum{}, finite{};
   if (pass.code != nullptr) {
+    const uint8_t* const codes = pass.code;
     for (int64_t r = 0; r < strip.rows; r += 2) {
       const int64_t row = (strip.image * pass.pooled_height + (strip.row + r) / 2) * pass.pooled_width;
       for (int64_t i = 0; i < count; i += 2) {
-        const int64_t from = (row + (column + i) / 2) * s.out_channels + k;
-        const V grad = load(pass.grad + from, n);
-        const VI code = load_codes(pass.code + from, n);
+        const int64_t from = (row + (column + i) / 2) * channels + k;
+        const V grad = load(grads + from, n);
+        const VI code = load_codes(codes + from, n);
         for (int tap = 0; tap < 4; ++tap) {
           const V here = code == tap + 1 ? grad : V{};
           if (r + tap / 2 < strip.rows && i + tap % 2 < count) {
@@ -169,12 +171,13 @@ FASTCONV_INLINE bool open_grad(
       }
     }
   } else {
+    const T* const output = pass.output;
     for (int64_t r = 0; r < strip.rows; ++r) {
-      const int64_t start = ((strip.image * s.out_height + strip.row + r) * s.out_width + column) * s.out_channels + k;
+      const int64_t start = ((strip.image * s.out_height + strip.row + r) * s.out_width + column) * channels + k;
       for (int64_t i = 0; i < count; ++i) {
-        const int64_t from = start + i * s.out_channels;
-        V grad = load(pass.grad + from, n);
-        if (pass.output != nullptr) grad = load(pass.output + from, n) <= 0 ? V{} : grad;
+        const int64_t from = start + i * channels;
+        V grad = load(grads + from, n);
+        if (output != nullptr) grad = load(output + from, n) <= 0 ? V{} : grad;
         store(to + (r * pitch + i) * kPanel, grad);
         sum = sum + grad;
         finite = fma(grad, V{}, finite);

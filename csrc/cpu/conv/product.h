@@ -81,18 +81,21 @@ inline void product(Strided a, const float* b, int64_t b_stride, float* c, int64
 
 template <int... counts>
 FASTCONV_INLINE void product_of_rows(
-    int64_t rows, Strided a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t k, bool add, Parts parts,
-    std::integer_sequence<int, counts...>) {
+    int64_t rows, const Strided& a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t k, bool add,
+    const Parts& parts, std::integer_sequence<int, counts...>) {
   ((rows == counts + 1 ? product_rows<counts + 1>(a, b, b_stride, c, c_stride, k, add, parts) : void()), ...);
 }
 
 // The product with K in parts, which the sums stay in registers for. Its rows are few: they are grouped as evenly as can be.
+// Structures come by reference: copies on the stack are read wider than they were just written, which waits for all stores.
 inline void product_in_parts(
-    Strided a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t m, int64_t k, bool add, Parts parts) {
+    const Strided& a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t m, int64_t k, bool add,
+    const Parts& parts) {
+  Strided rest{a.data, a.row, a.step};
   for (int64_t groups = (m + kRows - 1) / kRows; groups > 0; --groups) {
     const int64_t rows = (m + groups - 1) / groups;
-    product_of_rows(rows, a, b, b_stride, c, c_stride, k, add, parts, std::make_integer_sequence<int, kRows>{});
-    a.data += rows * a.row;
+    product_of_rows(rows, rest, b, b_stride, c, c_stride, k, add, parts, std::make_integer_sequence<int, kRows>{});
+    rest.data += rows * rest.row;
     c += rows * c_stride;
     m -= rows;
   }
