@@ -20,6 +20,7 @@ from fastconv.backends import aten
 from fastconv.bench import gate
 from fastconv.bench.timing import Timing, compare, ratio
 from fastconv.geometry import ConvGeometry, PoolGeometry
+from fastconv.precision import set_precision
 from fastconv.tuning import Call, Candidate, tables
 
 # A winner that leads what is chosen anyway by less than this stays unnoted: the next run might say the reverse.
@@ -78,10 +79,15 @@ def training_step(model: nn.Module, input: Tensor, dtype: torch.dtype) -> None:
 
 
 def observe(step: Callable[[], object]) -> Counter[Call]:
-    """The distinct calls for which `step` has a backend chosen and which can be measured, and how often each comes."""
-    with backends.use_backend("auto"), tuning.observing() as calls:
+    """The distinct calls for which `step` has a backend chosen and which can be measured, and how often each comes.
+
+    Under 'fast', whose entries serve 'ieee' too; what `step` itself runs under 'ieee' is left out.
+    """
+    with backends.use_backend("auto"), set_precision("fast"), tuning.observing() as calls:
         step()
-    return Counter({call: count for call, count in calls.items() if (call.op, call.direction) in _PROBLEMS})
+    return Counter(
+        {call: count for call, count in calls.items() if (call.op, call.direction) in _PROBLEMS and not call.policy.direct}
+    )
 
 
 def tune(
@@ -113,6 +119,11 @@ def tune(
 
 def measure(call: Call, device: torch.device, most_seconds: float, rounds: int = 20) -> Measurement:
     """Verify the candidates for a call, and time those that are right where there is a choice."""
+    with set_precision("fast"):
+        return _measure(call, device, most_seconds, rounds)
+
+
+def _measure(call: Call, device: torch.device, most_seconds: float, rounds: int) -> Measurement:
     problem = _PROBLEMS[call.op, call.direction](call, device)
     right, rejected = _gated(call, problem)
     if len(right) < 2:

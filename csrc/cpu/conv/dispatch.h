@@ -1,4 +1,4 @@
-// The kernels that this process runs.
+// The kernels of the instruction set that this process runs.
 #pragma once
 
 #include "../simd.h"
@@ -7,7 +7,7 @@
 namespace fastconv {
 
 template <class T>
-const Kernels<T>& kernels_of() {
+const Kernels<T>& kernels() {
   const KernelsOfAllTypes* all = &vec128::kKernels;
 #if defined(__x86_64__)
   if (instruction_set() == InstructionSet::kAvx2) all = &avx2::kKernels;

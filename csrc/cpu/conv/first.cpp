@@ -50,7 +50,7 @@ bool pack(const T* weight, const FirstSizes& s, int64_t panels, int64_t panel, f
 
 template <class T>
 void conv(FirstPass<T> pass, const T* weight) {
-  const FirstKernels<T>& k = kernels_of<T>().first;
+  const FirstKernels<T>& k = kernels<T>().first;
   const FirstSizes& s = pass.sizes;
   const Scratch filter(k.panels(s) * s.taps() * k.panel);
   pass.filter = filter.at(0);
@@ -67,7 +67,7 @@ template <class T>
 void weight_grad(const FirstWeightGrad<T>& pass) {
   constexpr int64_t kSums = int64_t{1} << 20, kLeastRuns = 8, kMostRuns = 64;
   const int64_t kBlock = env("FC_FBLOCK", 128), kPixels = env("FC_FPIX", 192);
-  const FirstKernels<T>& k = kernels_of<T>().first;
+  const FirstKernels<T>& k = kernels<T>().first;
   const FirstSizes& s = pass.sizes;
   const Strips strips = Strips::of(s, kPixels / std::min(kBlock, s.out_width));
   const int64_t set = k.panels(s) * (s.taps() + 1) * k.panel + 16;
@@ -113,12 +113,6 @@ FirstSizes sizes_of(
   return seen;
 }
 
-void check_vector(const std::optional<Tensor>& vector, const char* name, int64_t channels, ScalarType dtype) {
-  STD_TORCH_CHECK(
-      !vector || (vector->dim() == 1 && vector->size(0) == channels && vector->is_contiguous() && vector->scalar_type() == dtype),
-      "fastconv_native: ", name, " must hold an element of x's dtype for each output channel");
-}
-
 }  // namespace
 
 void first_conv2d(
@@ -129,7 +123,7 @@ void first_conv2d(
   const auto dtype = x.scalar_type();
   check_same(weight, "weight", filter, dtype);
   check_same(output, "output", to, dtype);
-  check_vector(bias, "bias", to.channels, dtype);
+  check_bias(bias, to, dtype);
   if (code) check_same(*code, "code", to, ScalarType::Byte);
   if (residual) check_same(*residual, "residual", to, dtype);
   STD_TORCH_CHECK(!(code && residual), "fastconv_native: a pool takes no residual");
@@ -151,7 +145,7 @@ void first_weight_grad(
   const bool pooled = gate && gate->scalar_type() == ScalarType::Byte;
   check_same(x, "x", from, dtype);
   check_same(weight_grad, "weight_grad", filter, dtype);
-  check_vector(bias_grad, "bias_grad", to.channels, dtype);
+  check_bias(bias_grad, to, dtype);
   if (gate) check_same(*gate, "gate", to, pooled ? ScalarType::Byte : dtype);
   const FirstSizes sizes = sizes_of(from, filter, to, pooled, size, stride, padding);
   by_dtype(dtype, [&](auto type) {

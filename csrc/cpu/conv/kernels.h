@@ -1,4 +1,4 @@
-// The kernels of each instruction set, and the choice among them.
+// The kernels of each instruction set.
 #pragma once
 
 #include "first.h"
