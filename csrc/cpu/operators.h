@@ -23,6 +23,16 @@ void winograd_conv2d(
     const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& padding, bool relu, bool turned);
 void winograd_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight_grad, const Pair& padding);
 
+// A convolution without groups and dilation of few input channels. `size` and code as above.
+void first_conv2d(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& stride, const Pair& padding,
+    bool relu);
+// `gate`: the output of the convolution's ReLU, or the code of a pool behind it, if there is either.
+void first_weight_grad(
+    const Tensor& grad, const std::optional<Tensor>& gate, const Tensor& x, const Tensor& weight_grad,
+    const std::optional<Tensor>& bias_grad, const Pair& size, const Pair& stride, const Pair& padding);
+
 void relu_backward(const Tensor& grad, const Tensor& output, const Tensor& masked, const std::optional<Tensor>& bias_grad);
 void bias_grad(const Tensor& grad, const Tensor& bias_grad);
 

@@ -81,6 +81,16 @@ def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy)
     return _conv2d_backward(grad, x, shape_only, g, policy, [False, True, False])[1]
 
 
+def conv2d_relu_weight_grad(
+    grad: Tensor, gate: Tensor, x: Tensor, g: ConvGeometry, policy: Policy, pool: PoolGeometry | None, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    if pool is None:
+        before, bias = relu_backward(grad, gate, with_bias)
+    else:
+        before, bias = max_pool2d_backward(grad, gate, pool, with_bias)
+    return conv2d_weight_grad(before, x, g, policy), bias
+
+
 def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> tuple[Tensor, Tensor]:
     grad_input, grad_weight, _ = _conv2d_backward(grad, x, weight, g, policy, [True, True, False])
     return grad_input, grad_weight

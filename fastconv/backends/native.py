@@ -14,6 +14,7 @@ from fastconv.backends.native_conv import (
     conv2d_input_grad,
     conv2d_input_grad_relu,
     conv2d_relu_max_pool2d,
+    conv2d_relu_weight_grad,
     conv2d_weight_grad,
 )
 from fastconv.backends.native_library import library, unavailable
@@ -51,6 +52,7 @@ __all__ = [
     "conv2d_input_grad",
     "conv2d_input_grad_relu",
     "conv2d_relu_max_pool2d",
+    "conv2d_relu_weight_grad",
     "conv2d_weight_grad",
     "global_avg_pool2d",
     "global_avg_pool2d_backward",

@@ -1,4 +1,4 @@
-"""Convolutions on a CPU: by Winograd's transforms, or by oneDNN with own passes behind it, as `tuning.pick` says."""
+"""Convolutions on a CPU: by Winograd's transforms, kernels for first layers or oneDNN, as `tuning.pick` says."""
 
 from __future__ import annotations
 
@@ -6,15 +6,19 @@ import torch
 from torch import Tensor
 
 from fastconv import tuning
-from fastconv.backends import aten, chip
+from fastconv.backends import aten, chip, native_first
 from fastconv.backends.native_library import dense, empty, kernel
-from fastconv.backends.native_passes import masked, max_pool2d
+from fastconv.backends.native_passes import masked, max_pool2d, max_pool2d_backward, relu_backward
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy, torchs_convolution
 
 
 def _by_winograd(op: str, direction: str, g: ConvGeometry, policy: Policy) -> bool:
     return _algorithm(op, direction, g, policy, torch.get_num_threads()) == "winograd"
+
+
+def _is_first(op: str, direction: str, g: ConvGeometry, policy: Policy) -> bool:
+    return _algorithm(op, direction, g, policy, torch.get_num_threads()) == "first"
 
 
 @tuning.cached_unless_watched
@@ -28,6 +32,8 @@ def conv2d(
 ) -> Tensor:
     if residual is not None:
         residual = dense(residual)
+    if _is_first("conv2d_relu" if relu else "conv2d", "forward", g, policy):
+        return native_first.conv2d(x, weight, bias, residual, g, relu)
     if _by_winograd("conv2d_relu" if relu else "conv2d", "forward", g, policy):
         output = empty(x, g.output_shape)
         size = (g.out_height, g.out_width)
@@ -65,6 +71,8 @@ def _winograd(
 def conv2d_relu_max_pool2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry, policy: Policy
 ) -> tuple[Tensor, Tensor]:
+    if native_first.pools(pool) and _is_first("conv2d_relu_max_pool2d", "forward", g, policy):
+        return native_first.conv2d_relu_max_pool2d(x, weight, bias, g, pool)
     if pool.is_2x2 and _by_winograd("conv2d_relu_max_pool2d", "forward", g, policy):
         output, code = empty(x, pool.output_shape), empty(x, pool.output_shape, pool.code_dtype)
         size = (g.out_height, g.out_width)
@@ -87,11 +95,25 @@ def _input_grad(op: str, grad: Tensor, weight: Tensor, g: ConvGeometry, policy: 
 
 
 def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
+    if _is_first("conv2d", "weight_grad", g, policy):
+        return native_first.weight_grad(grad, None, x, g, with_bias=False)[0]
     if not _by_winograd("conv2d", "weight_grad", g, policy):
         return aten.conv2d_weight_grad(dense(grad), dense(x), g, policy)
     output = empty(grad, g.weight_shape)
     kernel("winograd_weight_grad")(dense(grad), dense(x), output, g.padding)
     return output
+
+
+def conv2d_relu_weight_grad(
+    grad: Tensor, gate: Tensor, x: Tensor, g: ConvGeometry, policy: Policy, pool: PoolGeometry | None, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    if (pool is None or native_first.pools(pool)) and _is_first("conv2d", "weight_grad", g, policy):
+        return native_first.weight_grad(grad, gate, x, g, with_bias)
+    if pool is None:
+        before, bias = relu_backward(grad, gate, with_bias)
+    else:
+        before, bias = max_pool2d_backward(grad, gate, pool, with_bias)
+    return conv2d_weight_grad(before, x, g, policy), bias
 
 
 def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> tuple[Tensor, Tensor]:

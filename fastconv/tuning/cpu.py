@@ -9,6 +9,7 @@ import torch
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
 
+FIRST = "first"
 WINOGRAD = "winograd"
 ONEDNN = ""
 
@@ -16,15 +17,25 @@ ONEDNN = ""
 # taking an output tile out of it, of transforming one filter; measured on 64 to 512 channels.
 _INPUT, _OUTPUT, _FILTER = 1400, 800, 250
 _POINTS, _TILE = 36, 4
+# What the kernels for first layers are compiled and tested for; of more channels oneDNN fills vectors.
+_FIRST_CHANNELS, _FIRST_SIDE = 4, 11
 # What oneDNN computes in the time of a float32 multiply-add: twice as much where bfloat16 has instructions of its own.
 _NATIVE_BFLOAT16 = 2.0
 
 
 def algorithms(direction: str, g: ConvGeometry, policy: Policy) -> tuple[str, ...]:
     """Every algorithm that can serve, in the order of a count of multiply-adds."""
+    if direction != "input_grad" and first_serves(g, policy):
+        return (FIRST, ONEDNN)
     if not winograd_serves(g, policy):
         return (ONEDNN,)
     return (WINOGRAD, ONEDNN) if _winograd_operations(direction, g) < _direct_operations(g, policy) else (ONEDNN, WINOGRAD)
+
+
+def first_serves(g: ConvGeometry, policy: Policy) -> bool:
+    """Few input channels, neither dilated nor grouped."""
+    plain = g.groups == 1 and g.dilation == (1, 1) and policy.dtype != torch.float64
+    return plain and g.in_channels <= _FIRST_CHANNELS and max(g.kernel_height, g.kernel_width) <= _FIRST_SIDE
 
 
 def winograd_serves(g: ConvGeometry, policy: Policy) -> bool:
