@@ -18,7 +18,8 @@ STABLE_TORCH_LIBRARY(fastconv_native, m) {
       "int groups, bool relu) -> Tensor");
   m.def(
       "winograd_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) output, Tensor(b!)? code, "
-      "int[2] size, int[2] padding, bool relu, bool turned) -> ()");
+      "int[2] size, int[2] padding, bool relu, bool turned, Tensor? filters) -> ()");
+  m.def("winograd_filters(Tensor weight, Tensor(a!) filters) -> ()");
   m.def("winograd_weight_grad(Tensor grad, Tensor x, Tensor(a!) weight_grad, int[2] padding) -> ()");
   m.def(
       "first_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) output, Tensor(b!)? code, "
@@ -63,6 +64,7 @@ STABLE_TORCH_LIBRARY(fastconv_native, m) {
 STABLE_TORCH_LIBRARY_IMPL(fastconv_native, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&fastconv::conv2d));
   m.impl("winograd_conv2d", TORCH_BOX(&fastconv::winograd_conv2d));
+  m.impl("winograd_filters", TORCH_BOX(&fastconv::winograd_filters));
   m.impl("winograd_weight_grad", TORCH_BOX(&fastconv::winograd_weight_grad));
   m.impl("first_conv2d", TORCH_BOX(&fastconv::first_conv2d));
   m.impl("first_weight_grad", TORCH_BOX(&fastconv::first_weight_grad));
@@ -106,10 +108,18 @@ PyObject* build_info(PyObject*, PyObject*) {
       TORCH_VERSION);
 }
 
+PyObject* winograd_filters_size(PyObject*, PyObject* arguments) {
+  long long channels, out_channels;
+  if (!PyArg_ParseTuple(arguments, "LL", &channels, &out_channels)) return nullptr;
+  return PyLong_FromLongLong(fastconv::winograd_filters_size(channels, out_channels));
+}
+
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS,
      "How this library was built: compiler, flags, kind, cuda, torch (the headers' version)."},
     {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: 'AVX512', 'AVX2' or 'default'."},
+    {"winograd_filters_size", winograd_filters_size, METH_VARARGS,
+     "Floats of a weight [out_channels, channels, 3, 3] transformed by winograd_filters."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {

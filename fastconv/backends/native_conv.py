@@ -65,7 +65,7 @@ def _winograd(
     relu: bool,
     turned: bool,
 ) -> None:
-    kernel("winograd_conv2d")(dense(x), dense(weight), bias, residual, output, code, size, padding, relu, turned)
+    kernel("winograd_conv2d")(dense(x), dense(weight), bias, residual, output, code, size, padding, relu, turned, None)
 
 
 def conv2d_relu_max_pool2d(

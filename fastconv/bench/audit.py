@@ -198,6 +198,8 @@ _REDUCTIONS: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
     "conv2d_relu_max_pool2d": _forward,
     "conv2d_backward": _backward,
     "conv2d_backward_relu": _masked,
+    "conv2d_relu_weight_grad": lambda a: (_pixels(a["grad"]),) * 2,
+    "conv2d_relu_max_pool2d_weight_grad": lambda a: (_pixels(a["grad"]),) * 2,
     "bias_grad": lambda a: (_pixels(a["grad"]),),
     "relu_backward": lambda a: (1, _pixels(a["grad"])),
     "max_pool2d": lambda a: (1, 1),

@@ -20,22 +20,41 @@ Planes shifted(Planes planes, int64_t rows, int64_t columns) {
   return planes;
 }
 
+// Transformed filters, a panel of outputs after the other: `at(filters, panel)` are the planes of one.
+struct Filters {
+  int64_t channels, panels, panel;  // of the reduction; of outputs, and their width
+
+  template <class T>
+  static Filters of(int64_t channels, int64_t out_channels) {
+    const int64_t panel = kernels<T>().winograd.panel;
+    return {channels, ceil_div(out_channels, panel), panel};
+  }
+  Planes planes() const { return Planes::packed(channels, panel); }
+  int64_t size() const { return panels * planes().size(); }
+  Planes at(float* filters, int64_t index) const { return planes().at(filters + index * planes().size()); }
+};
+
+template <class T>
+void transform_filters(const WinogradFilter<T>& filter, const Filters& to, float* filters) {
+  const WinogradKernels<T>& k = kernels<T>().winograd;
+  constexpr int64_t kRows = 64;
+  const int64_t blocks = ceil_div(to.channels, kRows);
+  Workers(to.panels * blocks).run([&](int64_t unit, int64_t) {
+    const int64_t panel = unit / blocks, r0 = unit % blocks * kRows;
+    k.filter(filter, panel * k.panel, r0, std::min(to.channels, r0 + kRows), shifted(to.at(filters, panel), r0, 0));
+  });
+}
+
 // Each unit is a block of tiles, from input to output, and reads a filter that was transformed before, by all. The block and
 // its products stay in the second cache, the filter in the third.
 template <class T>
-void conv_by_tiles(const WinogradPass<T>& pass) {
+void conv_by_tiles(const WinogradPass<T>& pass, float* prepared) {
   const WinogradKernels<T>& k = kernels<T>().winograd;
   const WinogradSizes& s = pass.sizes;
-  const int64_t panels = ceil_div(s.out_channels, k.panel);
-  const Planes u = Planes::packed(s.channels, k.panel);
-  const Scratch filters(panels * u.size());
-  constexpr int64_t kRows = 64;
-  const int64_t blocks = ceil_div(s.channels, kRows);
-  Workers(panels * blocks).run([&](int64_t unit, int64_t) {
-    const int64_t panel = unit / blocks, r0 = unit % blocks * kRows;
-    const Planes to = shifted(u.at(filters.at(panel * u.size())), r0, 0);
-    k.filter(pass.filter, panel * k.panel, r0, std::min(s.channels, r0 + kRows), to);
-  });
+  const Filters u = Filters::of<T>(s.channels, s.out_channels);
+  const Scratch own(prepared == nullptr ? u.size() : 0);
+  float* const filters = prepared == nullptr ? own.at(0) : prepared;
+  if (prepared == nullptr) transform_filters(pass.filter, u, filters);
 
   constexpr int64_t kCacheFloats = 150'000;
   const int64_t room = kCacheFloats / (36 * (s.channels + 16 + k.panel)) / 12 * 12;
@@ -47,21 +66,22 @@ void conv_by_tiles(const WinogradPass<T>& pass) {
     const Planes inputs = v.at(memory.at(worker * (v.size() + m.size()))), products = m.at(inputs.data + v.size());
     const Tiles here = part(unit, block, s.tiles());
     k.input(s, pass.x, here, 0, s.channels, inputs);
-    for (int64_t panel = 0; panel < panels; ++panel) {
-      k.multiply(here.count, s.channels, inputs, u.at(filters.at(panel * u.size())), products, false);
+    for (int64_t panel = 0; panel < u.panels; ++panel) {
+      k.multiply(here.count, s.channels, inputs, u.at(filters, panel), products, false);
       k.output(pass, here, panel * k.panel, products);
     }
   });
 }
 
 // Inputs are transformed first, by all; each unit is a panel of outputs for a part of the tiles, and transforms its filters as
-// it goes, a block of channels at a time: no transformed filter goes through memory.
+// it goes, a block of channels at a time: no transformed filter goes through memory, unless it was prepared.
 template <class T>
-void conv_by_panels(const WinogradPass<T>& pass) {
+void conv_by_panels(const WinogradPass<T>& pass, float* prepared) {
   const WinogradKernels<T>& k = kernels<T>().winograd;
   const WinogradSizes& s = pass.sizes;
   constexpr int64_t kChunk = 256, kPart = 128, kRows = 64;
-  const int64_t panels = ceil_div(s.out_channels, k.panel);
+  const Filters all_filters = Filters::of<T>(s.channels, s.out_channels);
+  const int64_t panels = all_filters.panels;
   const int64_t chunk = std::min(s.tiles(), kChunk);
   const int64_t size = std::min(kPart, std::max<int64_t>(24, ceil_div(chunk * panels, 2 * threads())));
   const int64_t parts = ceil_div(chunk, size);
@@ -84,8 +104,9 @@ void conv_by_panels(const WinogradPass<T>& pass) {
       const int64_t output = unit / parts * k.panel;
       for (int64_t r = 0; r < s.channels; r += kRows) {
         const int64_t rows = std::min(kRows, s.channels - r);
-        k.filter(pass.filter, output, r, r + rows, filters);
-        k.multiply(here.count, rows, shifted(all, here.first, r), filters, products, r > 0);
+        if (prepared == nullptr) k.filter(pass.filter, output, r, r + rows, filters);
+        const Planes from = prepared == nullptr ? filters : shifted(all_filters.at(prepared, unit / parts), r, 0);
+        k.multiply(here.count, rows, shifted(all, here.first, r), from, products, r > 0);
       }
       k.output(pass, {first + here.first, here.count}, output, products);
     });
@@ -171,7 +192,8 @@ bool runs_pay(const WinogradSizes& s) { return s.channels * s.out_channels <= 64
 
 void winograd_conv2d(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
-    const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& padding, bool relu, bool turned) {
+    const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& padding, bool relu, bool turned,
+    const std::optional<Tensor>& filters) {
   const Map from = map_of(x, "x"), filter = map_of(weight, "weight"), to = map_of(output, "output");
   const auto dtype = x.scalar_type();
   check_same(weight, "weight", filter, dtype);
@@ -193,7 +215,30 @@ void winograd_conv2d(
         {read<T>(weight), filter.batch, filter.channels, turned},
         {write<T>(output), code ? write<uint8_t>(*code) : nullptr, bias ? read<T>(*bias) : nullptr,
          residual ? read<T>(*residual) : nullptr, relu, to.height, to.width}};
-    filter_fits(sizes) ? conv_by_tiles(pass) : conv_by_panels(pass);
+    float* const prepared = filters ? write<float>(*filters) : nullptr;
+    STD_TORCH_CHECK(
+        !filters || (filters->scalar_type() == ScalarType::Float && filters->is_contiguous() &&
+                     filters->numel() == Filters::of<T>(reduction, outputs).size()),
+        "fastconv_native: filters must come from winograd_filters, for this weight");
+    filter_fits(sizes) ? conv_by_tiles(pass, prepared) : conv_by_panels(pass, prepared);
+  });
+}
+
+int64_t winograd_filters_size(int64_t channels, int64_t out_channels) {
+  return Filters::of<float>(channels, out_channels).size();  // floats, whatever the weight's dtype
+}
+
+void winograd_filters(const Tensor& weight, const Tensor& filters) {
+  const Map filter = map_of(weight, "weight");
+  STD_TORCH_CHECK(filter.height == 3 && filter.width == 3, "fastconv_native: weight must be [K, C, 3, 3]");
+  STD_TORCH_CHECK(
+      filters.scalar_type() == ScalarType::Float && filters.is_contiguous() &&
+          filters.numel() == winograd_filters_size(filter.channels, filter.batch),
+      "fastconv_native: filters must hold as many floats as winograd_filters_size says");
+  by_dtype(weight.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const WinogradFilter<T> from{read<T>(weight), filter.batch, filter.channels, false};
+    transform_filters(from, Filters::of<T>(filter.channels, filter.batch), write<float>(filters));
   });
 }
 
