@@ -69,10 +69,13 @@ void pool(
   const Chunks chunks = Chunks::of(p.items(), p.cost(), p.items());
   for_chunks(chunks.count, [&](int64_t first, int64_t last) FASTCONV_INLINE_LAMBDA {
     const int64_t channels = p.channels, below = p.width * channels;
-    // Backwards: what the pass over the statistics read last is still in cache.
-    for (int64_t item = chunks.end(last - 1) - 1; item >= chunks.begin(first); --item) {
+    for (int64_t item = chunks.begin(first); item < chunks.end(last - 1); ++item) {
       int64_t i = p.start(item), o = p.pooled_start(item);
       for (int64_t column = 0; column < p.pooled_width; ++column, i += 2 * channels, o += channels) {
+        for (const T* const row : {x + i, x + i + below}) prefetch(row, 2 * channels);
+        if (kResidual) {
+          for (const T* const row : {residual + i, residual + i + below}) prefetch(row, 2 * channels);
+        }
         pool_window<kResidual, T>(
             {x + i, x + i + below}, {residual + i, residual + i + below}, output + o, code + o, means.data(), scales.data(),
             biases.data(), channels);
@@ -127,6 +130,7 @@ void sum(
       for (int64_t item = chunks.begin(chunk); item < chunks.end(chunk); ++item) {
         int64_t i = p.start(item), o = p.pooled_start(item);
         for (int64_t column = 0; column < p.pooled_width; ++column, i += 2 * channels, o += channels) {
+          for (const T* const row : {x + i, x + i + below}) prefetch(row, 2 * channels);
           sum_window<kInput, T>(
               grad + o, code + o, {x + i, x + i + below}, {input_grad + i, input_grad + i + below}, sums.first(),
               sums.second(), terms.mean.data(), terms.scale.data(), channels);
@@ -183,11 +187,13 @@ void write_input_grad(
     const float* const scale = terms.scale.data();
     const float* const grad_mean = terms.grad_mean.data();
     const float* const slope = terms.slope.data();
-    for (int64_t item = chunks.end(last - 1) - 1; item >= chunks.begin(first); --item) {
+    for (int64_t item = chunks.begin(first); item < chunks.end(last - 1); ++item) {
       int64_t i = p.start(item), o = p.pooled_start(item);
       for (int64_t column = 0; column < p.pooled_width; ++column, i += 2 * channels, o += channels) {
         const Window<T> grads{input_grad + i, input_grad + i + below};
+        for (const T* const row : {grads.top, grads.bottom}) prefetch(row, 2 * channels);
         if constexpr (kBatch) {
+          for (const T* const row : {x + i, x + i + below}) prefetch(row, 2 * channels);
           vary_window<T>(grad + o, code + o, {x + i, x + i + below}, grads, mean, scale, grad_mean, slope, channels);
         } else {
           spread_window<T>(grad + o, code + o, grads, scale, channels);
