@@ -36,6 +36,17 @@ struct Window {
   T* bottom;
 };
 
+// body(first, width) over parts of the channels, their width a compile-time constant down to 8: beside codes of a byte the
+// compiler takes 64 channels at once, and what is less one by one.
+template <class Body>
+FASTCONV_INLINE void for_widths(int64_t channels, const Body& body) {
+  int64_t first = 0;
+  for (; first + 64 <= channels; first += 64) body(first, std::integral_constant<int64_t, 64>{});
+  for (; first + 16 <= channels; first += 16) body(first, std::integral_constant<int64_t, 16>{});
+  for (; first + 8 <= channels; first += 8) body(first, std::integral_constant<int64_t, 8>{});
+  if (first < channels) body(first, channels - first);
+}
+
 // torch's rule: the first of equal maxima, the last of NaN.
 template <bool kResidual, class T>
 FASTCONV_INLINE void pool_window(
@@ -43,23 +54,26 @@ FASTCONV_INLINE void pool_window(
     const float* scale, const float* bias, int64_t channels) {
   const T* const taps[4] = {x.top, x.top + channels, x.bottom, x.bottom + channels};
   const T* const added[4] = {residual.top, residual.top + channels, residual.bottom, residual.bottom + channels};
-  FASTCONV_VECTORIZE
-  for (int64_t c = 0; c < channels; ++c) {
-    const float m = mean[c], s = scale[c], b = bias[c];
-    float best = (load(taps[0][c]) - m) * s + b;
-    if (kResidual) best += load(added[0][c]);
-    int32_t winner = 1;
-    for (int tap = 1; tap < 4; ++tap) {
-      float y = (load(taps[tap][c]) - m) * s + b;
-      if (kResidual) y += load(added[tap][c]);
-      const bool better = (y > best) | (y != y);
-      best = better ? y : best;
-      winner = better ? tap + 1 : winner;
+  for_widths(channels, [&](int64_t first_channel, auto block) FASTCONV_INLINE_LAMBDA {
+    const int64_t end = first_channel + block;
+    FASTCONV_VECTORIZE
+    for (int64_t c = first_channel; c < end; ++c) {
+      const float m = mean[c], s = scale[c], b = bias[c];
+      float best = (load(taps[0][c]) - m) * s + b;
+      if (kResidual) best += load(added[0][c]);
+      int32_t winner = 1;
+      for (int tap = 1; tap < 4; ++tap) {
+        float y = (load(taps[tap][c]) - m) * s + b;
+        if (kResidual) y += load(added[tap][c]);
+        const bool better = (y > best) | (y != y);
+        best = better ? y : best;
+        winner = better ? tap + 1 : winner;
+      }
+      const bool open = !(best <= 0);
+      output[c] = round_to<T>(keep_if(open, best));
+      code[c] = static_cast<uint8_t>(keep_if(open, winner));
     }
-    const bool open = !(best <= 0);
-    output[c] = round_to<T>(keep_if(open, best));
-    code[c] = static_cast<uint8_t>(keep_if(open, winner));
-  }
+  });
 }
 
 template <bool kResidual, class T>
@@ -91,19 +105,22 @@ FASTCONV_INLINE void sum_window(
     const float* mean, const float* scale, int64_t channels) {
   const T* const taps[4] = {x.top, x.top + channels, x.bottom, x.bottom + channels};
   T* const grads[4] = {input_grad.top, input_grad.top + channels, input_grad.bottom, input_grad.bottom + channels};
-  FASTCONV_VECTORIZE
-  for (int64_t c = 0; c < channels; ++c) {
-    const int32_t winner = code[c];
-    const float g = load(grad[c]), m = mean[c];
-    float products[4];  // of all taps, as NaN has to pass where torch lets it: through closed ones too
-    for (int tap = 0; tap < 4; ++tap) products[tap] = keep_if(winner == tap + 1, g) * (load(taps[tap][c]) - m);
-    first[c] += keep_if(winner != 0, g);
-    second[c] += (products[0] + products[1]) + (products[2] + products[3]);
-    if (kInput) {
-      const T share = round_to<T>(g * scale[c]);
-      for (int tap = 0; tap < 4; ++tap) grads[tap][c] = keep_if(winner == tap + 1, share);
+  for_widths(channels, [&](int64_t first_channel, auto block) FASTCONV_INLINE_LAMBDA {
+    const int64_t end = first_channel + block;
+    FASTCONV_VECTORIZE
+    for (int64_t c = first_channel; c < end; ++c) {
+      const int32_t winner = code[c];
+      const float g = load(grad[c]), m = mean[c];
+      float products[4];  // of all taps, as NaN has to pass where torch lets it: through closed ones too
+      for (int tap = 0; tap < 4; ++tap) products[tap] = keep_if(winner == tap + 1, g) * (load(taps[tap][c]) - m);
+      first[c] += keep_if(winner != 0, g);
+      second[c] += (products[0] + products[1]) + (products[2] + products[3]);
+      if (kInput) {
+        const T share = round_to<T>(g * scale[c]);
+        for (int tap = 0; tap < 4; ++tap) grads[tap][c] = keep_if(winner == tap + 1, share);
+      }
     }
-  }
+  });
 }
 
 // Where windows leave pixels of a row of windows over, `write(pixel offset, pixels)` for each of them: all but a row's windows.
@@ -152,12 +169,15 @@ template <class T>
 FASTCONV_INLINE void spread_window(
     const T* grad, const uint8_t* code, const Window<T>& input_grad, const float* scale, int64_t channels) {
   T* const grads[4] = {input_grad.top, input_grad.top + channels, input_grad.bottom, input_grad.bottom + channels};
-  FASTCONV_VECTORIZE
-  for (int64_t c = 0; c < channels; ++c) {
-    const int32_t winner = code[c];
-    const T share = round_to<T>(load(grad[c]) * scale[c]);
-    for (int tap = 0; tap < 4; ++tap) grads[tap][c] = keep_if(winner == tap + 1, share);
-  }
+  for_widths(channels, [&](int64_t first_channel, auto block) FASTCONV_INLINE_LAMBDA {
+    const int64_t end = first_channel + block;
+    FASTCONV_VECTORIZE
+    for (int64_t c = first_channel; c < end; ++c) {
+      const int32_t winner = code[c];
+      const T share = round_to<T>(load(grad[c]) * scale[c]);
+      for (int tap = 0; tap < 4; ++tap) grads[tap][c] = keep_if(winner == tap + 1, share);
+    }
+  });
 }
 
 template <class T>
@@ -166,14 +186,17 @@ FASTCONV_INLINE void vary_window(
     const float* scale, const float* grad_mean, const float* slope, int64_t channels) {
   const T* const taps[4] = {x.top, x.top + channels, x.bottom, x.bottom + channels};
   T* const grads[4] = {input_grad.top, input_grad.top + channels, input_grad.bottom, input_grad.bottom + channels};
-  FASTCONV_VECTORIZE
-  for (int64_t c = 0; c < channels; ++c) {
-    const int32_t winner = code[c];
-    const float g = load(grad[c]), m = mean[c], s = scale[c], gm = grad_mean[c], sl = slope[c];
-    for (int tap = 0; tap < 4; ++tap) {
-      grads[tap][c] = round_to<T>(varying_grad(keep_if(winner == tap + 1, g), load(taps[tap][c]), m, s, gm, sl));
+  for_widths(channels, [&](int64_t first_channel, auto block) FASTCONV_INLINE_LAMBDA {
+    const int64_t end = first_channel + block;
+    FASTCONV_VECTORIZE
+    for (int64_t c = first_channel; c < end; ++c) {
+      const int32_t winner = code[c];
+      const float g = load(grad[c]), m = mean[c], s = scale[c], gm = grad_mean[c], sl = slope[c];
+      for (int tap = 0; tap < 4; ++tap) {
+        grads[tap][c] = round_to<T>(varying_grad(keep_if(winner == tap + 1, g), load(taps[tap][c]), m, s, gm, sl));
+      }
     }
-  }
+  });
 }
 
 // The input's gradient: with x as that of the batch's statistics, else of constant ones.
