@@ -282,23 +282,48 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor | None, 
         "avg_pool2d": lambda: (native.avg_pool2d(x, overlapping, True, None),),
         "avg_pool2d_backward": lambda: (native.avg_pool2d_backward(pooled[overlapping][0], overlapping, False, None),),
         "global_avg_pool2d": lambda: (native.global_avg_pool2d(x),),
+        **norm_launches(x, grad, pooled[disjoint], disjoint),
+    }
+
+
+def norm_launches(
+    x: Tensor, grad: Tensor, pooled: tuple[Tensor, Tensor], pool: PoolGeometry
+) -> dict[str, Callable[[], tuple[Tensor | None, ...]]]:
+    (_, statistics), eps = native.batch_norm_relu(x, None, None, None, None, 1e-5), 1e-5
+    mean, var = statistics
+    forward = (x, statistics, var, mean, grad, eps)
+
+    def backward(grad: Tensor, gate: Tensor, pool: PoolGeometry | None) -> tuple[Tensor | None, ...]:
+        calls = ((True, True, False), (False, True, pool is None))  # training, with_input, with_residual
+        return sum(
+            (native.batch_norm_relu_backward(grad, gate, x, statistics, var, eps, t, pool, i, r) for t, i, r in calls), ()
+        )
+
+    return {
+        "batch_norm statistics": lambda: native._batch_statistics(x),
+        "batch_norm_relu": lambda: native.batch_norm_relu(*forward)[:1],
+        "batch_norm_relu_max_pool2d": lambda: native.batch_norm_relu_max_pool2d(*forward, pool)[:2],
+        "batch_norm_relu_backward": lambda: backward(grad, x, None),
+        "batch_norm_relu_max_pool2d_backward": lambda: backward(*pooled, pool),
     }
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_determinism(dtype: torch.dtype) -> None:
-    """The same bits again, and on one thread as on two."""
+    """The same bits again, and on one thread as on two and four."""
     threads = torch.get_num_threads()
     for name, launch in launches(dtype).items():
+        results = []
         try:
-            torch.set_num_threads(2)
-            two, again = launch(), launch()
-            torch.set_num_threads(1)
-            one = launch()
+            for number in (2, 2, 1, 4):
+                torch.set_num_threads(number)
+                results.append([t for t in launch() if t is not None])
         finally:
             torch.set_num_threads(threads)
-        for a, b, c in zip(two, again, one, strict=True):
-            assert torch.equal(a, b) and torch.equal(a, c), name
+        first, *others = results
+        assert first, name
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True)), name
 
 
 def digest() -> str:
@@ -307,7 +332,7 @@ def digest() -> str:
     bits = hashlib.sha256()
     for dtype in DTYPES:
         for launch in launches(dtype).values():
-            for tensor in launch():
+            for tensor in (t for t in launch() if t is not None):
                 bits.update(tensor.reshape(-1).view(torch.uint8).numpy())
     return bits.hexdigest()
 

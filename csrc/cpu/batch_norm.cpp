@@ -66,11 +66,13 @@ void statistics(const T* x, const Map& map, float* mean, float* var) {
       TwoSums sums(channels, rows.width);
       const float* const near = row.data();
       const T* const values = x;
-      sums.add_rows<1>(
-          rows, chunks.begin(chunk), chunks.end(chunk), [=](int64_t i, int64_t j) FASTCONV_INLINE_LAMBDA -> Terms {
+      sums.add_rows(
+          rows, chunks.begin(chunk), chunks.end(chunk),
+          [=](int64_t i, int64_t j) FASTCONV_INLINE_LAMBDA -> Terms {
             const float distance = load(values[i]) - near[j];
             return {distance, distance * distance};
-          });
+          },
+          x);
       pixels[chunk] = static_cast<double>(end - begin);
       const double share = 1 / pixels[chunk];
       for (int64_t c = 0; c < channels; ++c) {
@@ -141,12 +143,14 @@ void batch_norm_relu(
     by_flag(residual.has_value(), [&](auto with_residual) {
       by_flag(relu, [&](auto with_relu) {
         for_chunks(chunks.count, [&](int64_t first, int64_t last) FASTCONV_INLINE_LAMBDA {
-          // Backwards: what the pass over the statistics read last is still in cache.
           for (int64_t chunk = first; chunk < last; ++chunk) {
             for (int64_t row = chunks.begin(chunk); row < chunks.end(chunk); ++row) {
-              const int64_t i = rows.start(row);
+              const int64_t i = rows.start(row), elements = rows.start(row + 1) - i;
+              prefetch(in + i, elements);
+              prefetch(out + i, elements);
+              if (with_residual.value) prefetch(added + i, elements);
               normalise<with_residual.value, with_relu.value>(
-                  in + i, added + i, out + i, means.data(), scales.data(), biases.data(), rows.start(row + 1) - i);
+                  in + i, added + i, out + i, means.data(), scales.data(), biases.data(), elements);
             }
           }
         });

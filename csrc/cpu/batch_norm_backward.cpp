@@ -26,9 +26,9 @@ FASTCONV_INLINE float closed_value(const T* grad, const T* gate, int64_t i) {
   return keep_if(!(load(gate[i]) <= 0), load(grad[i]));
 }
 
-// body(begin, end) over rows in parallel, the last chunk of a thread's first.
+// body(begin, elements) for each row, in parallel.
 template <class Body>
-void for_rows_backwards(const Rows& rows, const Body& body) {
+void for_rows(const Rows& rows, const Body& body) {
   const Chunks chunks = Chunks::of(rows.count, rows.width, rows.count);
   for_chunks(chunks.count, [&](int64_t first, int64_t last) FASTCONV_INLINE_LAMBDA {
     for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -52,13 +52,15 @@ void sum(
     T* const closed = written.closed;
     for (int64_t chunk = first; chunk < last; ++chunk) {
       TwoSums sums(rows.channels, rows.width);
-      sums.add_rows<1>(
-          rows, chunks.begin(chunk), chunks.end(chunk), [=](int64_t i, int64_t j) FASTCONV_INLINE_LAMBDA -> Terms {
+      sums.add_rows(
+          rows, chunks.begin(chunk), chunks.end(chunk),
+          [=](int64_t i, int64_t j) FASTCONV_INLINE_LAMBDA -> Terms {
             const float g = closed_value<kGate>(grad, gate, i);
             if constexpr (kClosed) closed[i] = closed_grad<kGate>(grad, gate, i);
             if constexpr (kInput) input_grad[i] = round_to<T>(g * scale[j]);
             return {g, g * (load(x[i]) - mean[j])};
-          });
+          },
+          grad, gate, x);
       output.keep(chunk, sums);
     }
   });
@@ -68,11 +70,12 @@ template <bool kGate, class T>
 void input_grad_of_constants(
     const T* grad, const T* gate, const Floats& scales, const Written<T>& written, const Rows& rows) {
   by_flag(written.closed != nullptr, [&](auto with_closed) {
-    for_rows_backwards(rows, [&](int64_t begin, int64_t elements) FASTCONV_INLINE_LAMBDA {
+    for_rows(rows, [&](int64_t begin, int64_t elements) FASTCONV_INLINE_LAMBDA {
       const T* const g = grad + begin;
       const T* const y = gate + begin;
       const float* const scale = scales.data();
       T* const out = written.input_grad + begin;
+      for (const T* const stream : {g, y, static_cast<const T*>(out)}) prefetch(stream, elements);
       T* const closed = with_closed.value ? written.closed + begin : nullptr;
       FASTCONV_VECTORIZE
       for (int64_t j = 0; j < elements; ++j) {
@@ -87,7 +90,7 @@ template <bool kGate, class T>
 void input_grad_of_batch(const T* grad, const T* gate, const T* x, const InputGrad& terms, T* input_grad, const Rows& rows) {
   const Floats means = repeated(terms.mean, rows.width), scales = repeated(terms.scale, rows.width);
   const Floats grad_means = repeated(terms.grad_mean, rows.width), slopes = repeated(terms.slope, rows.width);
-  for_rows_backwards(rows, [&](int64_t begin, int64_t elements) FASTCONV_INLINE_LAMBDA {
+  for_rows(rows, [&](int64_t begin, int64_t elements) FASTCONV_INLINE_LAMBDA {
     const T* const g = grad + begin;
     const T* const y = gate + begin;
     const T* const in = x + begin;
@@ -96,6 +99,7 @@ void input_grad_of_batch(const T* grad, const T* gate, const T* x, const InputGr
     const float* const scale = scales.data();
     const float* const grad_mean = grad_means.data();
     const float* const slope = slopes.data();
+    for (const T* const stream : {g, y, in, static_cast<const T*>(out)}) prefetch(stream, elements);
     FASTCONV_VECTORIZE
     for (int64_t j = 0; j < elements; ++j) {
       const float kept = closed_value<kGate>(g, y, j);

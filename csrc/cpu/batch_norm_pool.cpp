@@ -36,6 +36,17 @@ struct Window {
   T* bottom;
 };
 
+// body(first, width) over parts of the channels, their width a compile-time constant down to 8: beside codes of a byte the
+// compiler takes 64 channels at once, and what is less one by one.
+template <class Body>
+FASTCONV_INLINE void for_widths(int64_t channels, const Body& body) {
+  int64_t first = 0;
+  for (; first + 64 <= channels; first += 64) body(first, std::integral_constant<int64_t, 64>{});
+  for (; first + 16 <= channels; first += 16) body(first, std::integral_constant<int64_t, 16>{});
+  for (; first + 8 <= channels; first += 8) body(first, std::integral_constant<int64_t, 8>{});
+  if (first < channels) body(first, channels - first);
+}
+
 // torch's rule: the first of equal maxima, the last of NaN.
 template <bool kResidual, class T>
 FASTCONV_INLINE void pool_window(
@@ -43,23 +54,26 @@ FASTCONV_INLINE void pool_window(
     const float* scale, const float* bias, int64_t channels) {
   const T* const taps[4] = {x.top, x.top + channels, x.bottom, x.bottom + channels};
   const T* const added[4] = {residual.top, residual.top + channels, residual.bottom, residual.bottom + channels};
-  FASTCONV_VECTORIZE
-  for (int64_t c = 0; c < channels; ++c) {
-    const float m = mean[c], s = scale[c], b = bias[c];
-    float best = (load(taps[0][c]) - m) * s + b;
-    if (kResidual) best += load(added[0][c]);
-    int32_t winner = 1;
-    for (int tap = 1; tap < 4; ++tap) {
-      float y = (load(taps[tap][c]) - m) * s + b;
-      if (kResidual) y += load(added[tap][c]);
-      const bool better = (y > best) | (y != y);
-      best = better ? y : best;
-      winner = better ? tap + 1 : winner;
+  for_widths(channels, [&](int64_t first_channel, auto block) FASTCONV_INLINE_LAMBDA {
+    const int64_t end = first_channel + block;
+    FASTCONV_VECTORIZE
+    for (int64_t c = first_channel; c < end; ++c) {
+      const float m = mean[c], s = scale[c], b = bias[c];
+      float best = (load(taps[0][c]) - m) * s + b;
+      if (kResidual) best += load(added[0][c]);
+      int32_t winner = 1;
+      for (int tap = 1; tap < 4; ++tap) {
+        float y = (load(taps[tap][c]) - m) * s + b;
+        if (kResidual) y += load(added[tap][c]);
+        const bool better = (y > best) | (y != y);
+        best = better ? y : best;
+        winner = better ? tap + 1 : winner;
+      }
+      const bool open = !(best <= 0);
+      output[c] = round_to<T>(keep_if(open, best));
+      code[c] = static_cast<uint8_t>(keep_if(open, winner));
     }
-    const bool open = !(best <= 0);
-    output[c] = round_to<T>(keep_if(open, best));
-    code[c] = static_cast<uint8_t>(keep_if(open, winner));
-  }
+  });
 }
 
 template <bool kResidual, class T>
@@ -69,10 +83,13 @@ void pool(
   const Chunks chunks = Chunks::of(p.items(), p.cost(), p.items());
   for_chunks(chunks.count, [&](int64_t first, int64_t last) FASTCONV_INLINE_LAMBDA {
     const int64_t channels = p.channels, below = p.width * channels;
-    // Backwards: what the pass over the statistics read last is still in cache.
-    for (int64_t item = chunks.end(last - 1) - 1; item >= chunks.begin(first); --item) {
+    for (int64_t item = chunks.begin(first); item < chunks.end(last - 1); ++item) {
       int64_t i = p.start(item), o = p.pooled_start(item);
       for (int64_t column = 0; column < p.pooled_width; ++column, i += 2 * channels, o += channels) {
+        for (const T* const row : {x + i, x + i + below}) prefetch(row, 2 * channels);
+        if (kResidual) {
+          for (const T* const row : {residual + i, residual + i + below}) prefetch(row, 2 * channels);
+        }
         pool_window<kResidual, T>(
             {x + i, x + i + below}, {residual + i, residual + i + below}, output + o, code + o, means.data(), scales.data(),
             biases.data(), channels);
@@ -88,19 +105,22 @@ FASTCONV_INLINE void sum_window(
     const float* mean, const float* scale, int64_t channels) {
   const T* const taps[4] = {x.top, x.top + channels, x.bottom, x.bottom + channels};
   T* const grads[4] = {input_grad.top, input_grad.top + channels, input_grad.bottom, input_grad.bottom + channels};
-  FASTCONV_VECTORIZE
-  for (int64_t c = 0; c < channels; ++c) {
-    const int32_t winner = code[c];
-    const float g = load(grad[c]), m = mean[c];
-    float products[4];  // of all taps, as NaN has to pass where torch lets it: through closed ones too
-    for (int tap = 0; tap < 4; ++tap) products[tap] = keep_if(winner == tap + 1, g) * (load(taps[tap][c]) - m);
-    first[c] += keep_if(winner != 0, g);
-    second[c] += (products[0] + products[1]) + (products[2] + products[3]);
-    if (kInput) {
-      const T share = round_to<T>(g * scale[c]);
-      for (int tap = 0; tap < 4; ++tap) grads[tap][c] = keep_if(winner == tap + 1, share);
+  for_widths(channels, [&](int64_t first_channel, auto block) FASTCONV_INLINE_LAMBDA {
+    const int64_t end = first_channel + block;
+    FASTCONV_VECTORIZE
+    for (int64_t c = first_channel; c < end; ++c) {
+      const int32_t winner = code[c];
+      const float g = load(grad[c]), m = mean[c];
+      float products[4];  // of all taps, as NaN has to pass where torch lets it: through closed ones too
+      for (int tap = 0; tap < 4; ++tap) products[tap] = keep_if(winner == tap + 1, g) * (load(taps[tap][c]) - m);
+      first[c] += keep_if(winner != 0, g);
+      second[c] += (products[0] + products[1]) + (products[2] + products[3]);
+      if (kInput) {
+        const T share = round_to<T>(g * scale[c]);
+        for (int tap = 0; tap < 4; ++tap) grads[tap][c] = keep_if(winner == tap + 1, share);
+      }
     }
-  }
+  });
 }
 
 // Where windows leave pixels of a row of windows over, `write(pixel offset, pixels)` for each of them: all but a row's windows.
@@ -127,6 +147,7 @@ void sum(
       for (int64_t item = chunks.begin(chunk); item < chunks.end(chunk); ++item) {
         int64_t i = p.start(item), o = p.pooled_start(item);
         for (int64_t column = 0; column < p.pooled_width; ++column, i += 2 * channels, o += channels) {
+          for (const T* const row : {x + i, x + i + below}) prefetch(row, 2 * channels);
           sum_window<kInput, T>(
               grad + o, code + o, {x + i, x + i + below}, {input_grad + i, input_grad + i + below}, sums.first(),
               sums.second(), terms.mean.data(), terms.scale.data(), channels);
@@ -148,12 +169,15 @@ template <class T>
 FASTCONV_INLINE void spread_window(
     const T* grad, const uint8_t* code, const Window<T>& input_grad, const float* scale, int64_t channels) {
   T* const grads[4] = {input_grad.top, input_grad.top + channels, input_grad.bottom, input_grad.bottom + channels};
-  FASTCONV_VECTORIZE
-  for (int64_t c = 0; c < channels; ++c) {
-    const int32_t winner = code[c];
-    const T share = round_to<T>(load(grad[c]) * scale[c]);
-    for (int tap = 0; tap < 4; ++tap) grads[tap][c] = keep_if(winner == tap + 1, share);
-  }
+  for_widths(channels, [&](int64_t first_channel, auto block) FASTCONV_INLINE_LAMBDA {
+    const int64_t end = first_channel + block;
+    FASTCONV_VECTORIZE
+    for (int64_t c = first_channel; c < end; ++c) {
+      const int32_t winner = code[c];
+      const T share = round_to<T>(load(grad[c]) * scale[c]);
+      for (int tap = 0; tap < 4; ++tap) grads[tap][c] = keep_if(winner == tap + 1, share);
+    }
+  });
 }
 
 template <class T>
@@ -162,14 +186,17 @@ FASTCONV_INLINE void vary_window(
     const float* scale, const float* grad_mean, const float* slope, int64_t channels) {
   const T* const taps[4] = {x.top, x.top + channels, x.bottom, x.bottom + channels};
   T* const grads[4] = {input_grad.top, input_grad.top + channels, input_grad.bottom, input_grad.bottom + channels};
-  FASTCONV_VECTORIZE
-  for (int64_t c = 0; c < channels; ++c) {
-    const int32_t winner = code[c];
-    const float g = load(grad[c]), m = mean[c], s = scale[c], gm = grad_mean[c], sl = slope[c];
-    for (int tap = 0; tap < 4; ++tap) {
-      grads[tap][c] = round_to<T>(varying_grad(keep_if(winner == tap + 1, g), load(taps[tap][c]), m, s, gm, sl));
+  for_widths(channels, [&](int64_t first_channel, auto block) FASTCONV_INLINE_LAMBDA {
+    const int64_t end = first_channel + block;
+    FASTCONV_VECTORIZE
+    for (int64_t c = first_channel; c < end; ++c) {
+      const int32_t winner = code[c];
+      const float g = load(grad[c]), m = mean[c], s = scale[c], gm = grad_mean[c], sl = slope[c];
+      for (int tap = 0; tap < 4; ++tap) {
+        grads[tap][c] = round_to<T>(varying_grad(keep_if(winner == tap + 1, g), load(taps[tap][c]), m, s, gm, sl));
+      }
     }
-  }
+  });
 }
 
 // The input's gradient: with x as that of the batch's statistics, else of constant ones.
@@ -183,11 +210,13 @@ void write_input_grad(
     const float* const scale = terms.scale.data();
     const float* const grad_mean = terms.grad_mean.data();
     const float* const slope = terms.slope.data();
-    for (int64_t item = chunks.end(last - 1) - 1; item >= chunks.begin(first); --item) {
+    for (int64_t item = chunks.begin(first); item < chunks.end(last - 1); ++item) {
       int64_t i = p.start(item), o = p.pooled_start(item);
       for (int64_t column = 0; column < p.pooled_width; ++column, i += 2 * channels, o += channels) {
         const Window<T> grads{input_grad + i, input_grad + i + below};
+        for (const T* const row : {grads.top, grads.bottom}) prefetch(row, 2 * channels);
         if constexpr (kBatch) {
+          for (const T* const row : {x + i, x + i + below}) prefetch(row, 2 * channels);
           vary_window<T>(grad + o, code + o, {x + i, x + i + below}, grads, mean, scale, grad_mean, slope, channels);
         } else {
           spread_window<T>(grad + o, code + o, grads, scale, channels);

@@ -24,8 +24,8 @@ def batch_norm_relu(
 ) -> Tensor:
     """Batch normalisation, residual and ReLU. Equal to `relu(batch_norm(input, running_mean, ...) + residual)`.
 
-    Statistics are computed in float32 (float64 for float64). Triton's kernels sum distances to the mean, so that a mean far
-    from 0 costs no digits of the variance; elsewhere (on a CPU) they are torch's own and as exact as those.
+    Statistics are computed in float32 (float64 for float64). Our kernels sum distances to a value near the mean, so that a
+    mean far from 0 costs no digits of the variance; where torch serves, statistics are its own and as exact as those.
 
     Args:
         input: (N, C, H, W).

@@ -55,7 +55,7 @@ def candidates(
 
     Kernels of ours read and write NHWC, so that an NCHW call pays one more pass over its input and one over its output,
     as much as fusing bias, ReLU or pool saves: such calls stay with torch's own. But for batch normalisation with a pool on
-    a CPU: torch normalises as the map lies, and only the pool behind it, for which aten has codes to compute, is NHWC.
+    a CPU, where torch's codes, computed from its indices, cost more than those passes.
     """
     if is_cpu(chip):
         native: tuple[Candidate, ...] = (NATIVE,)
