@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY(fastconv_native, m) {
   m.def(
       "conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, int[2] stride, int[2] padding, int[2] dilation, "
       "int groups, bool relu) -> Tensor");
+  m.def(
+      "winograd_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) output, Tensor(b!)? code, "
+      "int[2] size, int[2] padding, bool relu, bool turned) -> ()");
+  m.def("winograd_weight_grad(Tensor grad, Tensor x, Tensor(a!) weight_grad, int[2] padding) -> ()");
   m.def("relu_backward(Tensor grad, Tensor output, Tensor(a!) masked, Tensor(b!)? bias_grad) -> ()");
   m.def("bias_grad(Tensor grad, Tensor(a!) bias_grad) -> ()");
   m.def(
@@ -36,6 +40,8 @@ STABLE_TORCH_LIBRARY(fastconv_native, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv_native, CPU, m) {
   m.impl("conv2d", TORCH_BOX(&fastconv::conv2d));
+  m.impl("winograd_conv2d", TORCH_BOX(&fastconv::winograd_conv2d));
+  m.impl("winograd_weight_grad", TORCH_BOX(&fastconv::winograd_weight_grad));
   m.impl("relu_backward", TORCH_BOX(&fastconv::relu_backward));
   m.impl("bias_grad", TORCH_BOX(&fastconv::bias_grad));
   m.impl("max_pool2d", TORCH_BOX(&fastconv::max_pool2d));

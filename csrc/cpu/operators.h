@@ -16,6 +16,13 @@ Tensor conv2d(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
     const Pair& stride, const Pair& padding, const Pair& dilation, int64_t groups, bool relu);
 
+// A 3×3 convolution of stride 1. `size`: height and width of its output before a pool, of which there is one where a code is
+// given. Where `turned`, the input gradient of a convolution with `weight`: x is the output's gradient, the padding 2 less it.
+void winograd_conv2d(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& padding, bool relu, bool turned);
+void winograd_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight_grad, const Pair& padding);
+
 void relu_backward(const Tensor& grad, const Tensor& output, const Tensor& masked, const std::optional<Tensor>& bias_grad);
 void bias_grad(const Tensor& grad, const Tensor& bias_grad);
 

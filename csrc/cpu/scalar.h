@@ -2,8 +2,9 @@
 // instruction set, and give the same bits on each.
 #pragma once
 
-#include "simd.h"
+#include "inline.h"
 
+#include <cstdint>
 #include <cstring>
 #include <type_traits>
 

@@ -2,20 +2,14 @@
 // once per instruction set and picks one at run time. So binaries run everywhere and nothing depends on -march.
 #pragma once
 
+#include "inline.h"
+
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
 
-#define FASTCONV_INLINE inline __attribute__((always_inline))
-// Lambdas do not inherit the target of the function around them, so theirs must be inlined too.
-#define FASTCONV_INLINE_LAMBDA __attribute__((always_inline))
-#if defined(__clang__)
-#define FASTCONV_VECTORIZE _Pragma("clang loop vectorize(assume_safety)")
-#else
-#define FASTCONV_VECTORIZE _Pragma("GCC ivdep")
-#endif
 #if defined(__x86_64__)
 #define FASTCONV_TARGET_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,lzcnt,movbe")))
 #define FASTCONV_TARGET_AVX512 \

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "scalar.h"
+#include "simd.h"
 
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -40,6 +41,14 @@ inline Map map_of(const Tensor& tensor, const char* name) {
 inline void check_same(const Tensor& tensor, const char* name, const Map& map, ScalarType dtype) {
   STD_TORCH_CHECK(map_of(tensor, name) == map, "fastconv_native: ", name, " has a wrong size");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "fastconv_native: ", name, " has a wrong dtype");
+}
+
+// A bias, or its gradient: one element for each channel of `map`.
+inline void check_bias(const std::optional<Tensor>& bias, const Map& map, ScalarType dtype) {
+  if (!bias) return;
+  STD_TORCH_CHECK(
+      bias->dim() == 1 && bias->size(0) == map.channels && bias->is_contiguous() && bias->scalar_type() == dtype,
+      "fastconv_native: a bias must hold one element of its map's dtype for each channel");
 }
 
 template <class T>

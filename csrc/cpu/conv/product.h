@@ -1,0 +1,72 @@
+// The product at the heart of every algorithm: C[M, 2 vectors] (+)= A[M, K] · B[K, 2 vectors], C in registers.
+//
+//            kPanel = 2 · kWidth columns
+//          ┌───────────────┐
+//        K │ B: packed     │   two loads a step
+//          └───────────────┘
+//      K   ┌───────────────┐
+//   ┌────┐ │ C: kRows rows │   2 · kRows sums in registers
+// M │ A  │ │               │   of A one element a row and step, spread over a vector
+//   └────┘ └───────────────┘
+//
+// A is read through two strides, so that weight gradients, whose A is a transposed map, need no copy.
+#pragma once
+
+#include "vec.h"
+
+namespace fastconv::FASTCONV_ISA {
+
+constexpr int kPanel = 2 * kWidth;
+// Sums, two vectors of B and one of A fill the registers: 32 of AVX-512, 16 of AVX2 and SSE2.
+constexpr int kRows = FASTCONV_VECTOR_BYTES == 64 ? 12 : 6;
+
+struct Strided {
+  const float* data;
+  int64_t row, step;  // strides of M and of K
+};
+
+template <int rows>
+FASTCONV_INLINE void product_rows(Strided a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t k, bool add) {
+  V left[rows], right[rows];
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i) {
+    left[i] = add ? load(c + i * c_stride) : V{};
+    right[i] = add ? load(c + i * c_stride + kWidth) : V{};
+  }
+  for (int64_t step = 0; step < k; ++step) {
+    const V b_left = load(b), b_right = load(b + kWidth);
+#pragma GCC unroll 12
+    for (int i = 0; i < rows; ++i) {
+      const V spread = splat(a.data[i * a.row]);
+      left[i] = fma(spread, b_left, left[i]);
+      right[i] = fma(spread, b_right, right[i]);
+    }
+    a.data += a.step;
+    b += b_stride;
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < rows; ++i) {
+    store(c + i * c_stride, left[i]);
+    store(c + i * c_stride + kWidth, right[i]);
+  }
+}
+
+// Sums run over K in order whatever M is: how rows are grouped does not show in the result.
+inline void product(Strided a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t m, int64_t k, bool add) {
+  const auto rows = [&](auto count) FASTCONV_INLINE_LAMBDA {
+    constexpr int n = decltype(count)::value;
+    product_rows<n>(a, b, b_stride, c, c_stride, k, add);
+    a.data += n * a.row;
+    c += n * c_stride;
+    m -= n;
+  };
+  while (m >= kRows) rows(std::integral_constant<int, kRows>{});
+  if constexpr (kRows > 8) {
+    if (m >= 8) rows(std::integral_constant<int, 8>{});
+  }
+  if (m >= 4) rows(std::integral_constant<int, 4>{});
+  if (m >= 2) rows(std::integral_constant<int, 2>{});
+  if (m >= 1) rows(std::integral_constant<int, 1>{});
+}
+
+}  // namespace fastconv::FASTCONV_ISA

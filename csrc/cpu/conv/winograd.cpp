@@ -1,0 +1,216 @@
+// How a Winograd convolution is cut into units of work; docs/cpu.md draws it. What a unit is may depend on the number of
+// threads, the order of a sum may not.
+#include "../operators.h"
+#include "../parallel.h"
+#include "../tensors.h"
+#include "dispatch.h"
+
+namespace fastconv {
+
+namespace {
+
+constexpr int64_t kFewTiles = 8;  // worth a unit that only transforms
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+Tiles part(int64_t index, int64_t size, int64_t total) { return {index * size, std::min(size, total - index * size)}; }
+
+Planes shifted(Planes planes, int64_t rows, int64_t columns) {
+  planes.data += rows * planes.row + columns;
+  return planes;
+}
+
+// Each unit is a block of tiles, from input to output, and reads a filter that was transformed before, by all. The block and
+// its products stay in the second cache, the filter in the third.
+template <class T>
+void conv_by_tiles(const WinogradPass<T>& pass) {
+  const WinogradKernels<T>& k = kernels<T>().winograd;
+  const WinogradSizes& s = pass.sizes;
+  const int64_t panels = ceil_div(s.out_channels, k.panel);
+  const Planes u = Planes::packed(s.channels, k.panel);
+  const Scratch filters(panels * u.size());
+  constexpr int64_t kRows = 64;
+  const int64_t blocks = ceil_div(s.channels, kRows);
+  Workers(panels * blocks).run([&](int64_t unit, int64_t) {
+    const int64_t panel = unit / blocks, r0 = unit % blocks * kRows;
+    const Planes to = shifted(u.at(filters.at(panel * u.size())), r0, 0);
+    k.filter(pass.filter, panel * k.panel, r0, std::min(s.channels, r0 + kRows), to);
+  });
+
+  constexpr int64_t kCacheFloats = 150'000;
+  const int64_t room = kCacheFloats / (36 * (s.channels + 16 + k.panel)) / 12 * 12;
+  const int64_t block = std::clamp<int64_t>(std::min(room, ceil_div(s.tiles(), threads())), 12, 96);
+  const Planes v = Planes::of(block, s.channels), m = Planes::of(block, k.panel);
+  const Workers workers(ceil_div(s.tiles(), block));
+  const Scratch memory(workers.count() * (v.size() + m.size()));
+  workers.run([&](int64_t unit, int64_t worker) {
+    const Planes inputs = v.at(memory.at(worker * (v.size() + m.size()))), products = m.at(inputs.data + v.size());
+    const Tiles here = part(unit, block, s.tiles());
+    k.input(s, pass.x, here, 0, s.channels, inputs);
+    for (int64_t panel = 0; panel < panels; ++panel) {
+      k.multiply(here.count, s.channels, inputs, u.at(filters.at(panel * u.size())), products, false);
+      k.output(pass, here, panel * k.panel, products);
+    }
+  });
+}
+
+// Inputs are transformed first, by all; each unit is a panel of outputs for a part of the tiles, and transforms its filters as
+// it goes, a block of channels at a time: no transformed filter goes through memory.
+template <class T>
+void conv_by_panels(const WinogradPass<T>& pass) {
+  const WinogradKernels<T>& k = kernels<T>().winograd;
+  const WinogradSizes& s = pass.sizes;
+  constexpr int64_t kChunk = 256, kPart = 128, kRows = 64;
+  const int64_t panels = ceil_div(s.out_channels, k.panel);
+  const int64_t chunk = std::min(s.tiles(), kChunk);
+  const int64_t size = std::min(kPart, std::max<int64_t>(24, ceil_div(chunk * panels, 2 * threads())));
+  const int64_t parts = ceil_div(chunk, size);
+  const Planes v = Planes::of(chunk, s.channels);
+  const Planes u = Planes::packed(std::min(kRows, s.channels), k.panel), m = Planes::of(std::min(chunk, size), k.panel);
+  const Scratch inputs(v.size());
+  const Planes all = v.at(inputs.at(0));
+  const Workers workers(parts * panels);
+  const Scratch memory(workers.count() * (u.size() + m.size()));
+  for (int64_t first = 0; first < s.tiles(); first += chunk) {
+    const int64_t count = std::min(chunk, s.tiles() - first);
+    Workers(ceil_div(count, kFewTiles)).run([&](int64_t unit, int64_t) {
+      const Tiles here = part(unit, kFewTiles, count);
+      k.input(s, pass.x, {first + here.first, here.count}, 0, s.channels, shifted(all, here.first, 0));
+    });
+    workers.run([&](int64_t unit, int64_t worker) {
+      const Planes filters = u.at(memory.at(worker * (u.size() + m.size()))), products = m.at(filters.data + u.size());
+      const Tiles here = part(unit % parts, size, count);
+      if (here.count <= 0) return;
+      const int64_t output = unit / parts * k.panel;
+      for (int64_t r = 0; r < s.channels; r += kRows) {
+        const int64_t rows = std::min(kRows, s.channels - r);
+        k.filter(pass.filter, output, r, r + rows, filters);
+        k.multiply(here.count, rows, shifted(all, here.first, r), filters, products, r > 0);
+      }
+      k.output(pass, {first + here.first, here.count}, output, products);
+    });
+  }
+}
+
+// A transformed filter is read again for each block of tiles: it has to lie in a cache, and to be worth its transform.
+bool filter_fits(const WinogradSizes& s) { return s.channels * s.out_channels <= 256 * 256 && s.tiles() >= 128; }
+
+// Each unit sums a run of tiles into planes of its own. Runs are as many as sizes say, whatever the number of threads.
+template <class T>
+void weight_grad_by_tiles(const WinogradWeightGrad<T>& pass) {
+  const WinogradKernels<T>& k = kernels<T>().winograd;
+  const WinogradSizes& s = pass.sizes;
+  constexpr int64_t kBlock = 64, kMostRuns = 16, kRows = 16;
+  const int64_t panels = ceil_div(s.channels, k.panel);
+  const int64_t blocks = ceil_div(s.tiles(), kBlock), runs = std::clamp<int64_t>(blocks / 8, 1, kMostRuns);
+  const Planes v = Planes::of(kBlock, panels * k.panel), g = Planes::of(kBlock, s.out_channels);
+  const Planes sums = Planes::packed(s.out_channels, k.panel);
+  const int64_t set = panels * sums.size();
+  const Scratch total(runs * set);
+  const Workers workers(runs);
+  const Scratch memory(workers.count() * (v.size() + g.size()));
+  workers.run([&](int64_t run, int64_t worker) {
+    const Planes inputs = v.at(memory.at(worker * (v.size() + g.size()))), grads = g.at(inputs.data + v.size());
+    const int64_t first = blocks * run / runs, last = blocks * (run + 1) / runs;
+    for (int64_t block = first; block < last; ++block) {
+      const Tiles here = part(block, kBlock, s.tiles());
+      k.input(s, pass.x, here, 0, s.channels, inputs);
+      k.grad(s, pass.grad, here, 0, s.out_channels, grads);
+      for (int64_t panel = 0; panel < panels; ++panel) {
+        const Planes to = sums.at(total.at(run * set + panel * sums.size()));
+        k.multiply_grad(here.count, s.out_channels, grads, shifted(inputs, 0, panel * k.panel), to, block > first);
+      }
+    }
+  });
+  Workers(ceil_div(s.out_channels, kRows) * panels).run([&](int64_t unit, int64_t) {
+    const int64_t panel = unit % panels, c0 = panel * k.panel, k0 = unit / panels * kRows;
+    const int64_t k1 = std::min(s.out_channels, k0 + kRows), c1 = std::min(s.channels, c0 + k.panel);
+    k.filter_grad(pass, k0, k1, c0, c1, shifted(sums.at(total.at(panel * sums.size())), k0, 0), runs, set);
+  });
+}
+
+// Inputs and gradients of a chunk of tiles are transformed by all; each unit adds up a panel of input channels and a block of
+// output channels over the chunk.
+template <class T>
+void weight_grad_by_panels(const WinogradWeightGrad<T>& pass) {
+  const WinogradKernels<T>& k = kernels<T>().winograd;
+  const WinogradSizes& s = pass.sizes;
+  constexpr int64_t kChunk = 128, kBlock = 128;
+  const int64_t panels = ceil_div(s.channels, k.panel);
+  const int64_t chunk = std::min(s.tiles(), kChunk);
+  const int64_t wanted = ceil_div(s.out_channels * panels, 2 * threads()), multiple = ceil_div(wanted, 12) * 12;
+  const int64_t block = std::min({s.out_channels, kBlock, multiple}), blocks = ceil_div(s.out_channels, block);
+  const Planes v = Planes::of(chunk, panels * k.panel), g = Planes::of(chunk, s.out_channels);
+  const Scratch transformed(v.size() + g.size());
+  const Planes inputs = v.at(transformed.at(0)), grads = g.at(transformed.at(v.size()));
+  const Planes sums = Planes::packed(block, k.panel);
+  const Workers workers(panels * blocks);
+  const bool one = s.tiles() <= chunk;  // nothing to keep from chunk to chunk
+  const Scratch memory(sums.size() * (one ? workers.count() : panels * blocks));
+  for (int64_t first = 0; first < s.tiles(); first += chunk) {
+    const int64_t count = std::min(chunk, s.tiles() - first);
+    Workers(ceil_div(count, kFewTiles)).run([&](int64_t unit, int64_t) {
+      const Tiles at = part(unit, kFewTiles, count), here{first + at.first, at.count};
+      k.input(s, pass.x, here, 0, s.channels, shifted(inputs, at.first, 0));
+      k.grad(s, pass.grad, here, 0, s.out_channels, shifted(grads, at.first, 0));
+    });
+    workers.run([&](int64_t unit, int64_t worker) {
+      const int64_t c0 = unit / blocks * k.panel, c1 = std::min(s.channels, c0 + k.panel);
+      const int64_t k0 = unit % blocks * block, k1 = std::min(s.out_channels, k0 + block);
+      const Planes to = sums.at(memory.at(sums.size() * (one ? worker : unit)));
+      k.multiply_grad(count, k1 - k0, shifted(grads, 0, k0), shifted(inputs, 0, c0), to, first > 0);
+      if (first + count == s.tiles()) k.filter_grad(pass, k0, k1, c0, c1, to, 1, 0);
+    });
+  }
+}
+
+// Sums of several runs cost memory and a pass over it: for few channels and many tiles.
+bool runs_pay(const WinogradSizes& s) { return s.channels * s.out_channels <= 64 * 64 && s.tiles() >= 1024; }
+
+}  // namespace
+
+void winograd_conv2d(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& padding, bool relu, bool turned) {
+  const Map from = map_of(x, "x"), filter = map_of(weight, "weight"), to = map_of(output, "output");
+  const auto dtype = x.scalar_type();
+  check_same(weight, "weight", filter, dtype);
+  check_same(output, "output", to, dtype);
+  check_bias(bias, to, dtype);
+  if (code) check_same(*code, "code", to, ScalarType::Byte);
+  if (residual) check_same(*residual, "residual", to, dtype);
+  const int64_t reduction = turned ? filter.batch : filter.channels, outputs = turned ? filter.channels : filter.batch;
+  STD_TORCH_CHECK(
+      filter.height == 3 && filter.width == 3 && reduction == from.channels && outputs == to.channels,
+      "fastconv_native: weight must be [K, C, 3, 3] with the channels of x and output");
+  const WinogradSizes sizes{from.batch, from.height, from.width, from.channels, size[0],
+                            size[1],    outputs,     padding[0], padding[1]};
+  by_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const WinogradPass<T> pass{
+        sizes,
+        read<T>(x),
+        {read<T>(weight), filter.batch, filter.channels, turned},
+        {write<T>(output), code ? write<uint8_t>(*code) : nullptr, bias ? read<T>(*bias) : nullptr,
+         residual ? read<T>(*residual) : nullptr, relu, to.height, to.width}};
+    filter_fits(sizes) ? conv_by_tiles(pass) : conv_by_panels(pass);
+  });
+}
+
+void winograd_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight_grad, const Pair& padding) {
+  const Map to = map_of(grad, "grad"), from = map_of(x, "x"), filter = map_of(weight_grad, "weight_grad");
+  check_same(x, "x", from, grad.scalar_type());
+  check_same(weight_grad, "weight_grad", filter, grad.scalar_type());
+  STD_TORCH_CHECK(
+      filter.height == 3 && filter.width == 3 && filter.batch == to.channels && filter.channels == from.channels,
+      "fastconv_native: weight_grad must be [K, C, 3, 3] with the channels of grad and x");
+  const WinogradSizes sizes{from.batch, from.height, from.width, from.channels, to.height,
+                            to.width,   to.channels, padding[0], padding[1]};
+  by_dtype(grad.scalar_type(), [&](auto type) {
+    using T = typename decltype(type)::type;
+    const WinogradWeightGrad<T> pass{sizes, read<T>(x), read<T>(grad), write<T>(weight_grad)};
+    runs_pay(sizes) ? weight_grad_by_tiles(pass) : weight_grad_by_panels(pass);
+  });
+}
+
+}  // namespace fastconv
