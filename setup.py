@@ -25,6 +25,9 @@ MODES = ("auto", "cpu", "none")
 SOURCES = (
     "csrc/registry.cpp",
     "csrc/cpu/avg_pool.cpp",
+    "csrc/cpu/batch_norm.cpp",
+    "csrc/cpu/batch_norm_backward.cpp",
+    "csrc/cpu/batch_norm_pool.cpp",
     "csrc/cpu/conv.cpp",
     "csrc/cpu/conv/kernels_avx2.cpp",
     "csrc/cpu/conv/kernels_avx512.cpp",
@@ -36,6 +39,7 @@ SOURCES = (
     "csrc/cpu/simd.cpp",
 )
 HEADERS = (
+    "csrc/cpu/batch_norm.h",
     "csrc/cpu/channel_sums.h",
     "csrc/cpu/conv/dispatch.h",
     "csrc/cpu/conv/kernels.h",

@@ -1,4 +1,4 @@
-"""The compiled CPU kernels: Winograd's convolutions and oneDNN's with fused passes behind them, own poolings.
+"""The compiled CPU kernels: Winograd's convolutions, oneDNN's with passes behind them, poolings, batch norms.
 
 They take dense channels_last tensors of float32, bfloat16 or float16, and compute in float32.
 """
@@ -6,9 +6,7 @@ They take dense channels_last tensors of float32, bfloat16 or float16, and compu
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from fastconv.backends import Statistics, aten
 from fastconv.backends.native_conv import (
     conv2d,
     conv2d_backward,
@@ -19,6 +17,12 @@ from fastconv.backends.native_conv import (
     conv2d_weight_grad,
 )
 from fastconv.backends.native_library import library, unavailable
+from fastconv.backends.native_norm import (
+    batch_norm_relu,
+    batch_norm_relu_backward,
+    batch_norm_relu_max_pool2d,
+    batch_norm_update,
+)
 from fastconv.backends.native_passes import (
     avg_pool2d,
     avg_pool2d_backward,
@@ -69,53 +73,3 @@ def supports(op: str, direction: str, geometry: ConvGeometry | PoolGeometry, pol
     if policy.dtype not in _DTYPES:
         return f"it has no kernels for {policy.dtype}; allowed: {', '.join(map(str, _DTYPES))}"
     return unavailable()
-
-
-def batch_norm_relu(
-    x: Tensor,
-    statistics: Statistics | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Statistics]:
-    return aten.batch_norm_relu(x, statistics, weight, bias, residual, eps)
-
-
-def batch_norm_relu_max_pool2d(
-    x: Tensor,
-    statistics: Statistics | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    pool: PoolGeometry,
-) -> tuple[Tensor, Tensor, Statistics]:
-    normalised, statistics = aten.batch_norm(x, statistics, weight, bias, residual, eps)
-    return *max_pool2d(normalised, pool, relu=True), statistics
-
-
-def batch_norm_relu_backward(
-    grad: Tensor,
-    gate: Tensor,
-    x: Tensor | None,
-    statistics: Statistics,
-    weight: Tensor | None,
-    eps: float,
-    training: bool,
-    pool: PoolGeometry | None,
-    with_input: bool,
-    with_residual: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if pool is None:
-        closed, _ = relu_backward(grad, gate, with_bias=False)
-    else:
-        closed, _ = max_pool2d_backward(grad, gate, pool, with_bias=False)
-    grad_x, sums = aten.batch_norm_backward(closed, x, statistics, weight, eps, training, with_input)
-    return grad_x, sums, closed if with_residual else None
-
-
-def batch_norm_update(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
-) -> None:
-    aten.batch_norm_update(running_mean, running_var, mean, var, count, momentum)

@@ -34,12 +34,12 @@ def winograd_serves(g: ConvGeometry, policy: Policy) -> bool:
 
 
 def _winograd_operations(direction: str, g: ConvGeometry) -> float:
-    height, width = (g.height, g.width) if direction == "input_grad" else (g.out_height, g.out_width)
+    turned = direction == "input_grad"
+    height, width = (g.height, g.width) if turned else (g.out_height, g.out_width)
+    read, written = (g.out_channels, g.in_channels) if turned else (g.in_channels, g.out_channels)
     tiles = g.batch * -(-height // _TILE) * -(-width // _TILE)
-    read, written = (g.out_channels, g.in_channels) if direction == "input_grad" else (g.in_channels, g.out_channels)
-    if direction == "weight_grad":
-        written *= _INPUT / _OUTPUT  # the output's gradient is an input too
-    return tiles * (_POINTS * read * written + _INPUT * read + _OUTPUT * written) + _FILTER * read * written
+    of_written = _INPUT if direction == "weight_grad" else _OUTPUT  # the output's gradient is read too
+    return tiles * (_POINTS * read * written + _INPUT * read + of_written * written) + _FILTER * read * written
 
 
 def _direct_operations(g: ConvGeometry, policy: Policy) -> float:
