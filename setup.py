@@ -118,7 +118,7 @@ def choose(mode: str, torch: ModuleType | None, compiler: str | None) -> tuple[b
 
 
 def flags(sanitizers: str) -> tuple[list[str], list[str]]:
-    """(the compiler's flags, the linker's), with g++'s `sanitizers` ('address,undefined') or, where that is empty, without."""
+    """(the compiler's flags, the linker's), with g++'s `sanitizers` ('address,undefined'); without where that is empty."""
     compile_flags, link_flags = [*FLAGS], ["-s"]
     if sanitizers:
         kept = (flag for flag in FLAGS if flag not in ("-O3", "-g0"))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastconv import tuning
+from fastconv.tuning import cpu
 
 _BAND = 1024  # elements on either side
 _LINE = 64  # bytes: what memory for tensors is aligned to
@@ -86,6 +90,19 @@ class _Bands:
             self.original.copy_(self.inner)
         else:
             assert len(changed) == 0, f"{what}: an input was written to, at element {changed[0]} of {self.numel}"
+
+
+@contextlib.contextmanager
+def transforming() -> Iterator[None]:
+    """A block in which Winograd's transforms are chosen wherever they can serve, also where they would not pay."""
+    operations = cpu._winograd_operations
+    cpu._winograd_operations = lambda direction, g: 0.0
+    tuning.forget()
+    try:
+        yield
+    finally:
+        cpu._winograd_operations = operations
+        tuning.forget()
 
 
 def _sanitizer(name: str) -> Callable[[int, int], None] | None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from guards import guarded
+from guards import guarded, transforming
 from tolerances import assert_close, bounds
 from torch import Tensor
 
@@ -40,11 +40,12 @@ Pair = tuple[int, int]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
+def _transforms_in_one_thread() -> Iterator[None]:
     """Maps of this size are not worth more, and threads that wait for each other make hundreds of calls slow."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with transforming():
+        yield
     torch.set_num_threads(before)
 
 

@@ -79,6 +79,15 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.Com
     )
 
 
+def test_sanitizers_are_compiled_and_linked_in_where_asked_for(setup_py: ModuleType) -> None:
+    compiled, linked = setup_py.flags("")
+    assert compiled == [*setup_py.FLAGS] and linked == ["-s"]
+    compiled, linked = setup_py.flags("address,undefined")
+    assert {"-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off"} <= {*compiled}
+    assert not {"-g0", "-O3"} & {*compiled}
+    assert linked == ["-fsanitize=address,undefined"]
+
+
 def test_unknown_mode_fails() -> None:
     result = run("setup.py", "--version", cwd=ROOT, FASTCONV_BUILD="cuda")
     assert result.returncode != 0 and "allowed: auto, cpu, none" in result.stderr
