@@ -302,7 +302,7 @@ def test_batch_norm_relu(
     training, affine, with_residual, pooled = settings
     pool = data.draw(windows((1,), shape)) if pooled else None
     count = shape[0] * shape[2] * shape[3]
-    hypothesis.assume(count > 1 or not training)
+    hypothesis.assume(count > int(training))  # empty maps are left to torch
     torch.manual_seed(seed)
     x, residual = normal(shape, dtype, nan), normal(shape, dtype) if with_residual else None
     mean, var, weight, bias = torch.randn(4, shape[1]).unbind()
