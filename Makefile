@@ -6,6 +6,8 @@
 #   make lint                       ruff; mypy on the package
 #   make bench-cpu [ARGS="--quick"] times nets, training steps and layers against stock torch on this CPU, minutes; records
 #                                   under benchmarks/results/, with --quick (a minute) under runs/bench/
+#   make sanitize                   the tests of the C++ kernels on a build of them with address and undefined-behaviour
+#                                   sanitizers; a finding fails. Needs g++; the usual build stays as it is
 #   make docs                       docs/kernels.md and docs/traffic.md: machine code and bytes of the Triton kernels, no GPU needed
 #   make gpu PART=tests             the tests and a layer timing that need an NVIDIA GPU; results under $(OUT)
 #   make clean                      remove what was built; .venv and runs/ stay
@@ -45,7 +47,7 @@ export PIP_NO_INDEX := 1
 export PIP_BREAK_SYSTEM_PACKAGES := 1
 endif
 
-.PHONY: train test verify lint bench-cpu docs gpu clean install
+.PHONY: train test verify lint bench-cpu sanitize docs gpu clean install
 
 train: $(stamp)
 	$(python) -m fastconv.cli train $(ARGS)
@@ -75,6 +77,35 @@ endif
 
 bench-cpu: $(stamp)
 	$(python) -m benchmarks.cpu $(ARGS)
+
+# The sanitized package lies in a folder of its own, in which the tests run: what is imported there is that one, in the
+# processes that tests start too. Neither CPython nor torch is built for leak detection. libstdc++ is preloaded so that the
+# address sanitizer finds __cxa_throw; pytest leaves standard error alone, that a report is seen of a process that it ends.
+sanitizers := address,undefined
+sanitized := build/sanitize
+CXX_FOR_SANITIZE = $(if $(filter-out default,$(origin CXX)),$(CXX),g++)
+
+sanitize: $(stamp)
+	@command -v $(firstword $(CXX_FOR_SANITIZE)) >/dev/null || { echo "make sanitize: needs g++, which is not on PATH" >&2; exit 2; }
+	@echo "make sanitize: building the CPU library with -fsanitize=$(sanitizers) into $(sanitized)"
+	@rm -rf $(sanitized)/lib
+	@mkdir -p $(sanitized)
+	@PATH="$$($(python) -c 'import os, sys; print(os.path.dirname(sys.executable))'):$$PATH" CXX="$(CXX_FOR_SANITIZE)" FASTCONV_BUILD=cpu FASTCONV_SANITIZE=$(sanitizers) \
+	  $(python) setup.py -q build --build-base $(sanitized) --build-temp $(sanitized)/temp --build-lib $(sanitized)/lib \
+	  >$(sanitized)/build.log 2>&1 || { cat $(sanitized)/build.log >&2; exit 1; }
+	@preload=; \
+	for name in libasan.so libubsan.so libstdc++.so; do \
+	  file=$$($(CXX_FOR_SANITIZE) -print-file-name=$$name); \
+	  case $$file in /*) preload="$$preload $$file";; *) echo "make sanitize: $(CXX_FOR_SANITIZE) has no $$name" >&2; exit 2;; esac; \
+	done; \
+	echo "make sanitize: running the tests of the native backend, leak detection off"; \
+	python=$$($(python) -c 'import sys; print(sys.executable)'); \
+	cd $(sanitized)/lib; \
+	LD_PRELOAD="$${preload# }" PYTHONPATH="$$PWD" \
+	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+	"$$python" -m pytest -q -p no:cacheprovider --capture=sys -c "$(CURDIR)/pyproject.toml" --rootdir "$(CURDIR)" \
+	  -m "not slow and not gpu" -k native "$(CURDIR)/tests"
+	@echo "make sanitize: no findings"
 
 docs: $(stamp)
 	$(python) -m fastconv.cli explain --traffic --model vgg16,recipe --markdown docs/traffic.md

@@ -65,7 +65,7 @@ def test_compiler_of_the_environment(setup_py: ModuleType, monkeypatch: pytest.M
 
 def test_lists_every_source(setup_py: ModuleType) -> None:
     listed = {*setup_py.SOURCES, *setup_py.HEADERS}
-    present = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")}
+    present = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".inc")}
     assert listed == present
 
 
@@ -77,6 +77,15 @@ def run(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.Com
         capture_output=True,
         text=True,
     )
+
+
+def test_sanitizers_are_compiled_and_linked_in_where_asked_for(setup_py: ModuleType) -> None:
+    compiled, linked = setup_py.flags("")
+    assert compiled == [*setup_py.FLAGS] and linked == ["-s"]
+    compiled, linked = setup_py.flags("address,undefined")
+    assert {"-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-ffp-contract=off"} <= {*compiled}
+    assert not {"-g0", "-O3"} & {*compiled}
+    assert linked == ["-fsanitize=address,undefined"]
 
 
 def test_unknown_mode_fails() -> None:

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tolerances import assert_close
-from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from tuned import BF16, CHIP, FP32, call, conv, entry, put
 
 import fastconv
@@ -111,6 +110,19 @@ def test_it_is_read_when_an_operator_runs(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == [False, True, True]
 
 
+class _Convolutions(TorchDispatchMode):
+    """Notes what oneDNN's switch is while torch's convolutions run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.precisions: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "conv" in str(func):
+            self.precisions.append(torch.backends.mkldnn.conv.fp32_precision)
+        return func(*args, **(kwargs or {}))
+
+
 class TestTorchsSwitch:
     """torch's own convolutions under a direct policy: their switch for float32 is off for just as long."""
 
@@ -130,21 +142,15 @@ class TestTorchsSwitch:
         switch.fp32_precision = "bf16"
         g = conv(batch=1, channels=32, size=8)
         x, weight, grad = (torch.randn(shape) for shape in (g.input_shape, g.weight_shape, g.output_shape))
-        direct, wide = Policy(torch.float32, direct=True), Policy(torch.float64)
-
-        def results(backend: Any, policy: Policy, *operands: Tensor) -> list[Tensor]:
-            x, weight, grad = operands
-            return [
-                backend.conv2d(x, weight, None, None, g, policy, relu=True),
-                backend.conv2d_input_grad(grad, weight, g, policy),
-                backend.conv2d_weight_grad(grad, x, g, policy),
-                *backend.conv2d_backward(grad, x, weight, g, policy),
-            ]
-
-        exact = results(aten, wide, x.double(), weight.double(), grad.double())
-        for actual, expected in zip(results(backend, direct, x, weight, grad), exact, strict=True):
-            assert_close(actual, expected, torch.float32, 9 * 32)
-        assert switch.fp32_precision == "bf16"
+        for arithmetic, expected in ((FP32, "bf16"), (FP32._replace(direct=True), "ieee")):
+            with _Convolutions() as seen:
+                backend.conv2d(x, weight, None, None, g, arithmetic, relu=True)
+                backend.conv2d_input_grad(grad, weight, g, arithmetic)
+                backend.conv2d_weight_grad(grad, x, g, arithmetic)
+                backend.conv2d_backward(grad, x, weight, g, arithmetic)
+            assert len(seen.precisions) >= 4
+            assert set(seen.precisions) == {expected}
+            assert switch.fp32_precision == "bf16"
 
     @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
     def test_it_is_off_inside_and_as_before_outside(self, device_type: str) -> None:

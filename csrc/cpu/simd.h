@@ -67,7 +67,7 @@ struct Chunks {
   static Chunks of(int64_t items, int64_t cost, int64_t most) {
     constexpr int64_t kWorthAThread = 16384;
     const int64_t worth = kWorthAThread / std::max<int64_t>(cost, 1);
-    const int64_t size = std::max({(items + most - 1) / most, worth, int64_t{1}});
+    const int64_t size = std::max({(items + most - 1) / std::max<int64_t>(most, 1), worth, int64_t{1}});
     return {items, size, (items + size - 1) / size};
   }
 
