@@ -287,6 +287,19 @@ def test_which_layers_are_first() -> None:
     assert not serves((1, 3, 32, 32), (64, 3, 3, 3), dilation=2) and not serves((1, 4, 32, 32), (64, 1, 3, 3), groups=4)
 
 
+def test_bfloat16_instructions_take_wide_filters_that_no_pool_follows(monkeypatch: pytest.MonkeyPatch) -> None:
+    stem, vgg = geometry_of("stem"), geometry_of("vgg")
+    for native_bfloat16 in (True, False):
+        monkeypatch.setattr(cpu, "_has_bfloat16", lambda native=native_bfloat16: native)
+        for dtype in DTYPES:
+            policy, left = Policy(dtype), native_bfloat16 and dtype == torch.bfloat16
+            for direction in ("forward", "weight_grad"):
+                assert cpu.algorithms("conv2d_relu", direction, stem, policy)[0] == (cpu.ONEDNN if left else cpu.FIRST)
+                assert cpu.algorithms("conv2d_relu_max_pool2d", direction, stem, policy)[0] == cpu.FIRST
+                assert cpu.algorithms("conv2d_relu", direction, vgg, policy)[0] == cpu.FIRST
+            assert cpu.FIRST not in cpu.algorithms("conv2d", "input_grad", stem, policy)
+
+
 class _Watch(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

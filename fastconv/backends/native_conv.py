@@ -107,7 +107,8 @@ def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy)
 def conv2d_relu_weight_grad(
     grad: Tensor, gate: Tensor, x: Tensor, g: ConvGeometry, policy: Policy, pool: PoolGeometry | None, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    if (pool is None or native_first.pools(pool)) and _is_first("conv2d", "weight_grad", g, policy):
+    op = "conv2d_relu" if pool is None else "conv2d_relu_max_pool2d"
+    if (pool is None or native_first.pools(pool)) and _is_first(op, "weight_grad", g, policy):
         return native_first.weight_grad(grad, gate, x, g, with_bias)
     if pool is None:
         before, bias = relu_backward(grad, gate, with_bias)

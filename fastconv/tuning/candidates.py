@@ -60,7 +60,7 @@ def candidates(
     if is_cpu(chip):
         native: tuple[Candidate, ...] = (NATIVE,)
         if isinstance(g, ConvGeometry) and op in _CONVOLUTIONS and direction != "bias_grad":
-            native = tuple(Candidate("native", algorithm) for algorithm in cpu.algorithms(direction, g, policy))
+            native = tuple(Candidate("native", algorithm) for algorithm in cpu.algorithms(op, direction, g, policy))
         return (*native, ATEN) if channels_last or op == "batch_norm_relu_max_pool2d" else (ATEN, *native)
     ours: tuple[Candidate, ...] = (TRITON,)
     if isinstance(g, ConvGeometry):

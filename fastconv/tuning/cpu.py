@@ -19,14 +19,16 @@ _INPUT, _OUTPUT, _FILTER = 1400, 800, 250
 _POINTS, _TILE = 36, 4
 # What the kernels for first layers are compiled and tested for; of more channels oneDNN fills vectors.
 _FIRST_CHANNELS, _FIRST_SIDE = 4, 11
+# Elements of a filter from which on oneDNN's bfloat16 instructions outweigh what fusing ReLU into a first layer spares.
+_FIRST_ELEMENTS = 64
 # What oneDNN computes in the time of a float32 multiply-add: twice as much where bfloat16 has instructions of its own.
 _NATIVE_BFLOAT16 = 2.0
 
 
-def algorithms(direction: str, g: ConvGeometry, policy: Policy) -> tuple[str, ...]:
+def algorithms(op: str, direction: str, g: ConvGeometry, policy: Policy) -> tuple[str, ...]:
     """Every algorithm that can serve, in the order of a count of multiply-adds."""
     if direction != "input_grad" and first_serves(g, policy):
-        return (FIRST, ONEDNN)
+        return (ONEDNN, FIRST) if _fills_bfloat16(op, g, policy) else (FIRST, ONEDNN)
     if not winograd_serves(g, policy):
         return (ONEDNN,)
     return (WINOGRAD, ONEDNN) if _winograd_operations(direction, g) < _direct_operations(g, policy) else (ONEDNN, WINOGRAD)
@@ -36,6 +38,12 @@ def first_serves(g: ConvGeometry, policy: Policy) -> bool:
     """Few input channels, neither dilated nor grouped."""
     plain = g.groups == 1 and g.dilation == (1, 1) and policy.dtype != torch.float64
     return plain and g.in_channels <= _FIRST_CHANNELS and max(g.kernel_height, g.kernel_width) <= _FIRST_SIDE
+
+
+def _fills_bfloat16(op: str, g: ConvGeometry, policy: Policy) -> bool:
+    """Whether a first layer keeps oneDNN's bfloat16 instructions busy, and there is no pool to fuse either."""
+    native = policy.dtype == torch.bfloat16 and _has_bfloat16()
+    return native and op != "conv2d_relu_max_pool2d" and g.in_channels * g.taps > _FIRST_ELEMENTS
 
 
 def winograd_serves(g: ConvGeometry, policy: Policy) -> bool:

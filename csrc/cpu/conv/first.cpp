@@ -4,13 +4,9 @@
 #include "../tensors.h"
 #include "dispatch.h"
 
-#include <cstdlib>
-
 namespace fastconv {
 
 namespace {
-
-int64_t env(const char* n, int64_t d) { const char* v = std::getenv(n); return v ? std::atoll(v) : d; }
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -55,7 +51,8 @@ void conv(FirstPass<T> pass, const T* weight) {
   const Scratch filter(k.panels(s) * s.taps() * k.panel);
   pass.filter = filter.at(0);
   pass.finite = pack(weight, s, k.panels(s), k.panel, filter.at(0));
-  const Strips strips = Strips::of(s, env("FC_FROWS", 4));
+  constexpr int64_t kRows = 4;  // of which the image's rows that are read, few more, are brought to float32
+  const Strips strips = Strips::of(s, kRows);
   const int64_t size = ceil_div(k.forward_memory(s, strips.rows), 16) * 16;
   const Workers workers(strips.count());
   const Scratch memory(workers.count() * size);
@@ -66,7 +63,7 @@ void conv(FirstPass<T> pass, const T* weight) {
 template <class T>
 void weight_grad(const FirstWeightGrad<T>& pass) {
   constexpr int64_t kSums = int64_t{1} << 20, kLeastRuns = 8, kMostRuns = 64;
-  const int64_t kBlock = env("FC_FBLOCK", 128), kPixels = env("FC_FPIX", 192);
+  constexpr int64_t kBlock = 128, kPixels = 192;  // a panel's gradient of so many pixels stays in the first cache
   const FirstKernels<T>& k = kernels<T>().first;
   const FirstSizes& s = pass.sizes;
   const Strips strips = Strips::of(s, kPixels / std::min(kBlock, s.out_width));
