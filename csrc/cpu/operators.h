@@ -23,6 +23,16 @@ void winograd_conv2d(
     const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& padding, bool relu, bool turned);
 void winograd_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight_grad, const Pair& padding);
 
+// The same for bfloat16 on Intel's AMX, by products of tiles. An error in a process without it.
+void amx_conv2d(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& padding, bool relu, bool turned);
+void amx_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight_grad, const Pair& padding);
+
+// Whether the compiler knew AMX; whether processor and kernel let this process use it, which ATEN_CPU_CAPABILITY can forbid.
+bool built_with_amx();
+bool has_amx();
+
 void relu_backward(const Tensor& grad, const Tensor& output, const Tensor& masked, const std::optional<Tensor>& bias_grad);
 void bias_grad(const Tensor& grad, const Tensor& bias_grad);
 

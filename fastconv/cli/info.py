@@ -78,7 +78,8 @@ def _native() -> list[tuple[str, str]]:
         return [("compiled library", f"none: {missing}"), ("", "a C++ compiler is, for instance, Debian's package g++")]
     library = native.library()
     build = ", ".join(f"{key} {value}" for key, value in library.build_info().items())
-    return [("compiled library", build), ("its CPU kernels", library.cpu_capability())]
+    amx = "yes" if library.has_amx() else "no"
+    return [("compiled library", build), ("its CPU kernels", library.cpu_capability()), ("its AMX kernels", amx)]
 
 
 def _backends() -> list[tuple[str, str]]:

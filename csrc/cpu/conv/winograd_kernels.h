@@ -1,6 +1,7 @@
 // Winograd's passes over tiles: transforms of filter, input and gradient, their products, and what becomes of these.
 #pragma once
 
+#include "pool_window.h"
 #include "product.h"
 #include "winograd.h"
 #include "winograd_direct.h"
@@ -129,22 +130,6 @@ inline void multiply_grad(int64_t tiles, int64_t k, Planes g, Planes v, Planes s
     const Strided a{g.data + i * g.plane, 1, g.row};
     product(a, v.data + i * v.plane, v.row, s.data + i * s.plane, s.row, k, tiles, add);
   }
-}
-
-// The maximum of a 2×2 window, ReLU, and the winner's code: 0 where ReLU closed the window, else 1 to 4. As torch has it, the
-// first of equal values wins, and the last NaN.
-FASTCONV_INLINE V pool_window(const V* window, VI& code) {
-  V best = window[0];
-  VI winner = VI{} + 1;
-#pragma GCC unroll 3
-  for (int i = 1; i < 4; ++i) {
-    const VI better = (window[i] > best) | (window[i] != window[i]);
-    best = better ? window[i] : best;
-    winner = better ? VI{} + (i + 1) : winner;
-  }
-  const VI closed = best <= 0;
-  code = closed ? VI{} : winner;
-  return closed ? V{} : best;
 }
 
 template <class T>
