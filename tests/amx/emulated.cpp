@@ -3,9 +3,18 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include "../../csrc/cpu/conv/amx_kernels.cpp"
 
 using namespace fastconv;
+
+// Scratch memory is full of NaN, so that an element that nobody wrote shows.
+void* operator new(std::size_t size, std::align_val_t alignment) {
+  const std::size_t line = static_cast<std::size_t>(alignment), whole = (size + line - 1) / line * line;
+  void* const memory = std::aligned_alloc(line, whole);
+  return memory == nullptr ? nullptr : __builtin_memset(memory, 0xff, whole);
+}
+void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
 
 // sizes: batch, height, width, channels, out_height, out_width, out_channels, pad_h, pad_w
 static WinogradSizes sizes_of(const int64_t* s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]}; }

@@ -22,7 +22,7 @@ constexpr int64_t kTooSmallToShift = 7;
 void conv_by_bands(const Pass& pass, const BFloat16* filters) {
   const Bands plan = Bands::of(pass);
   const int64_t copy = floats(plan.copy(pass.sizes)), memory = copy + plan.sums();
-  const Workers workers(pass.sizes.batch * plan.count);
+  const Workers workers(pass.sizes.batch * plan.count * plan.groups);
   const Scratch scratch(workers.count() * memory);
   workers.run([&](int64_t unit, int64_t worker) {
     float* const own = scratch.at(worker * memory);

@@ -6,7 +6,8 @@
 
 #include "winograd.h"
 
-#if defined(__x86_64__) && defined(__linux__) && defined(__has_include)
+// Whether the compiler knows AMX: those that do bring its header.
+#if !defined(FASTCONV_AMX) && defined(__x86_64__) && defined(__linux__) && defined(__has_include)
 #if __has_include(<amxbf16intrin.h>)
 #define FASTCONV_AMX 1
 #endif
@@ -35,20 +36,22 @@ inline int64_t panels(const WinogradSizes& s) { return blocks(s.out_channels); }
 
 // Bands of rows of one image, copied with zeros around and channels filled up to whole blocks; from there tiles are read as
 // they lie: 16 positions of the copy one after the other, whose rows are `pitch` positions. A band is worked on in strips
-// whose sums stay in the first cache. Bands and strips begin at even rows: a window of a pool has one strip.
+// whose sums stay in the first cache. Bands and strips begin at even rows: a window of a pool has one strip. Where bands are
+// few, a unit has only a group of panels of one.
 struct Bands {
-  int64_t pitch, strip, rows, count;  // rows of a strip and of a band; bands of an image
+  int64_t pitch, strip, rows, count, groups;  // rows of a strip and of a band; bands of an image
 
   static Bands of(const Pass& pass) {
-    constexpr int64_t kSums = 256, kCopy = 1 << 18, kUnits = 8;  // positions of a strip, elements of a copy, bands of a batch
+    constexpr int64_t kSums = 256, kCopy = 1 << 18, kUnits = 32;  // positions of a strip, elements of a copy
     const WinogradSizes& s = pass.sizes;
     const int64_t pitch = s.out_width + 2, height = used_rows(pass);
+    if (s.batch * height == 0) return {};
     const int64_t fit = kSums / pitch / 2 * 2, strip = fit < 2 ? 2 : fit;
     const int64_t strips = ceil_div(height, strip), copied = strip * pitch * blocks(s.channels) * kBlock;
-    int64_t of_band = kCopy / copied < 1 ? 1 : kCopy / copied;
-    const int64_t wanted = ceil_div(kUnits, s.batch < 1 ? 1 : s.batch);
-    if (ceil_div(strips, of_band) < wanted) of_band = strips / wanted < 1 ? 1 : strips / wanted;
-    return {pitch, strip, of_band * strip, ceil_div(strips, of_band)};
+    const int64_t most = kCopy / copied, wanted = strips / ceil_div(kUnits, s.batch);  // strips of a band
+    const int64_t smaller = most < wanted ? most : wanted, of_band = smaller < 1 ? 1 : smaller;
+    const int64_t bands = ceil_div(strips, of_band), groups = ceil_div(kUnits, s.batch * bands);
+    return {pitch, strip, of_band * strip, bands, groups < panels(s) ? groups : panels(s)};
   }
 
   // The output rows that anybody asks for: a pool may leave out the last.

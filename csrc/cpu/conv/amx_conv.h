@@ -157,7 +157,8 @@ inline void write_strip(
 
 void conv_band(const Pass& pass, const Bands& plan, int64_t unit, const BFloat16* filters, BFloat16* copy, float* sums) {
   const WinogradSizes& s = pass.sizes;
-  const int64_t image = unit / plan.count, first = unit % plan.count * plan.rows, height = Bands::used_rows(pass);
+  const int64_t band = unit / plan.groups, group = unit % plan.groups, height = Bands::used_rows(pass);
+  const int64_t image = band / plan.count, first = band % plan.count * plan.rows;
   const int64_t end = least(height, first + plan.rows), width = blocks(s.channels) * kBlock;
   copy_band(pass, image, first, end - first + 2, plan.pitch, copy);
   Left left{width, kBlock, 9, blocks(s.channels), {}};
@@ -178,7 +179,7 @@ void conv_band(const Pass& pass, const Bands& plan, int64_t unit, const BFloat16
       return tile / in_line * plan.pitch + tile % in_line * kTilePixels;
     };
     const BFloat16* const from = copy + (row - first) * plan.pitch * width;
-    for (int64_t panel = 0; panel < panels(s); ++panel) {
+    for (int64_t panel = panels(s) * group / plan.groups; panel < panels(s) * (group + 1) / plan.groups; ++panel) {
       const BFloat16* const filter = filters + panel * packed_panel(s);
       const int64_t tiles = in_line * lines;
       int64_t tile = 0;
