@@ -61,6 +61,7 @@ CASES = {
     "wide, bands": (1, 200, 40, 70, 8, (1, 1)),
     "many images, together": (40, 8, 9, 9, 8, (1, 1)),
     "many images, partly together": (36, 4, 17, 17, 12, (1, 1)),
+    "many images, one at a time": (20, 8, 24, 24, 8, (1, 1)),
     "many images, several chunks": (13, 192, 13, 14, 176, (1, 1)),
 }
 
@@ -305,9 +306,11 @@ def test_product(compiled: Path) -> None:
     to[4, 4] = 2.0**-140  # a subnormal to add to
     a[5, 0], b[0, 5], to[5, 5] = 1, 1, torch.nan
     a[6, 0], b[0, 6] = torch.inf, 1
+    a[7, :2], b[:2, 7], to[7, 7] = 1, 1, 2.0**24  # the two sums are added to each other first
     result = product(compiled, a, b, to)
     assert result.diagonal()[:5].tolist() == [2, 0, 0, 0, 0]
-    assert result[5, 5].isnan() and result[6, 6] == torch.inf and result[6, 7].isnan()
+    assert result[5, 5].isnan() and result[6, 6] == torch.inf and result[6, 8].isnan()
+    assert result[7, 7] == 2.0**24 + 2
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def serves(g: ConvGeometry, policy: Policy, direction: str) -> str | None:
         )
     if max(g.padding) > 2:
         return f"the AMX kernels are for padding up to 2, got padding={g.padding}"
-    return _unavailable()
+    return unavailable()
 
 
 def fuses(pool: PoolGeometry) -> bool:
@@ -49,7 +49,8 @@ def preferable(g: ConvGeometry, direction: str) -> bool:
 
 
 @cache
-def _unavailable() -> str | None:
+def unavailable() -> str | None:
+    """Why the kernels cannot run in this process; None where they can."""
     missing = native.unavailable()
     if missing is not None:
         return missing
