@@ -27,6 +27,10 @@ STABLE_TORCH_LIBRARY(fastconv_native, m) {
   m.def(
       "first_weight_grad(Tensor grad, Tensor? gate, Tensor x, Tensor(a!) weight_grad, Tensor(b!)? bias_grad, int[2] size, "
       "int[2] stride, int[2] padding) -> ()");
+  m.def(
+      "amx_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) output, Tensor(b!)? code, "
+      "int[2] size, int[2] padding, bool relu, bool turned) -> ()");
+  m.def("amx_weight_grad(Tensor grad, Tensor x, Tensor(a!) weight_grad, int[2] padding) -> ()");
   m.def("relu_backward(Tensor grad, Tensor output, Tensor(a!) masked, Tensor(b!)? bias_grad) -> ()");
   m.def("bias_grad(Tensor grad, Tensor(a!) bias_grad) -> ()");
   m.def(
@@ -68,6 +72,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv_native, CPU, m) {
   m.impl("winograd_weight_grad", TORCH_BOX(&fastconv::winograd_weight_grad));
   m.impl("first_conv2d", TORCH_BOX(&fastconv::first_conv2d));
   m.impl("first_weight_grad", TORCH_BOX(&fastconv::first_weight_grad));
+  m.impl("amx_conv2d", TORCH_BOX(&fastconv::amx_conv2d));
+  m.impl("amx_weight_grad", TORCH_BOX(&fastconv::amx_weight_grad));
   m.impl("relu_backward", TORCH_BOX(&fastconv::relu_backward));
   m.impl("bias_grad", TORCH_BOX(&fastconv::bias_grad));
   m.impl("max_pool2d", TORCH_BOX(&fastconv::max_pool2d));
@@ -97,6 +103,8 @@ PyObject* cpu_capability(PyObject*, PyObject*) {
   }
 }
 
+PyObject* has_amx(PyObject*, PyObject*) { return PyBool_FromLong(fastconv::has_amx()); }
+
 PyObject* build_info(PyObject*, PyObject*) {
 #if defined(__clang__)
   const char* compiler = __VERSION__;
@@ -104,8 +112,8 @@ PyObject* build_info(PyObject*, PyObject*) {
   const char* compiler = "gcc " __VERSION__;
 #endif
   return Py_BuildValue(
-      "{s:s,s:s,s:s,s:O,s:s}", "compiler", compiler, "flags", FASTCONV_FLAGS, "kind", "cpu", "cuda", Py_False, "torch",
-      TORCH_VERSION);
+      "{s:s,s:s,s:s,s:O,s:O,s:s}", "compiler", compiler, "flags", FASTCONV_FLAGS, "kind", "cpu", "cuda", Py_False, "amx",
+      fastconv::built_with_amx() ? Py_True : Py_False, "torch", TORCH_VERSION);
 }
 
 PyObject* winograd_filters_size(PyObject*, PyObject* arguments) {
@@ -116,10 +124,11 @@ PyObject* winograd_filters_size(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS,
-     "How this library was built: compiler, flags, kind, cuda, torch (the headers' version)."},
+     "How this library was built: compiler, flags, kind, cuda, amx (whether it has kernels for it), torch (the headers' version)."},
     {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: 'AVX512', 'AVX2' or 'default'."},
     {"winograd_filters_size", winograd_filters_size, METH_VARARGS,
      "Floats of a weight [out_channels, channels, 3, 3] transformed by winograd_filters."},
+    {"has_amx", has_amx, METH_NOARGS, "Whether this process may run the kernels for Intel's AMX."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {
@@ -135,5 +144,5 @@ PyModuleDef module = {
 
 }  // namespace
 
-// Two functions need no binding library: torch's pybind11 refuses to be included beside the stable ABI.
+// A few functions need no binding library: torch's pybind11 refuses to be included beside the stable ABI.
 PyMODINIT_FUNC PyInit__C() { return PyModule_Create(&module); }

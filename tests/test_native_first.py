@@ -124,7 +124,7 @@ class TestLaunchers:
         gate = random(g.output_shape, dtype).relu_() if gated else None
         expected, expected_bias = exact_gradients(grad, gate, x, g, None)
         for with_bias in (False, True):
-            weight, bias = native_first.weight_grad(grad, gate, x, g, with_bias)
+            weight, bias = native_first._weight_grad(grad, gate, x, g, with_bias)
             assert_close(weight, expected, dtype, g.out_pixels, "weight")
             assert_dense(weight)
             assert (bias is not None) == with_bias
@@ -137,7 +137,7 @@ class TestLaunchers:
         for pool in pools_of(g):
             _, code = aten.max_pool2d(torch.randn(g.output_shape), pool, relu=True)
             grad = positive(pool.output_shape, dtype)
-            weight, bias = native_first.weight_grad(grad, code, x, g, with_bias=True)
+            weight, bias = native_first._weight_grad(grad, code, x, g, with_bias=True)
             expected, expected_bias = exact_gradients(grad, code, x, g, pool)
             assert bias is not None
             assert_close(weight, expected, dtype, g.out_pixels, "weight")
@@ -198,7 +198,7 @@ class TestNotFinite:
         x, grad, gate = random(g.input_shape, dtype), random(g.output_shape, dtype), random(g.output_shape, dtype)
         x, grad = (spoiled(x), grad) if where == "x" else (x, spoiled(grad))
         gate[-1, -1, -1, -1] = torch.nan  # which ReLU does not close
-        weight, bias = native_first.weight_grad(grad, gate if gated else None, x, g, with_bias=True)
+        weight, bias = native_first._weight_grad(grad, gate if gated else None, x, g, with_bias=True)
         before = (grad.masked_fill(gate <= 0, 0) if gated else grad).double()
         # The definition of a weight gradient is a convolution too: of the exchanged input by the exchanged gradient.
         expected = _direct_weight_grad(x, before, g)
@@ -229,8 +229,8 @@ def launches(dtype: torch.dtype) -> dict[str, Callable[[], tuple[Tensor | None, 
     return {
         "forward": lambda: (native_first.conv2d(x, weight, bias, None, g, relu=True),),
         "with pool": lambda: native_first.conv2d_relu_max_pool2d(x, weight, bias, g, pool),
-        "gradients": lambda: native_first.weight_grad(grad, output, x, g, with_bias=True),
-        "gradients through a pool": lambda: native_first.weight_grad(pooled, code, x, g, with_bias=True),
+        "gradients": lambda: native_first._weight_grad(grad, output, x, g, with_bias=True),
+        "gradients through a pool": lambda: native_first._weight_grad(pooled, code, x, g, with_bias=True),
     }
 
 

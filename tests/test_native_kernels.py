@@ -14,7 +14,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from fastconv.backends import aten, native
+from fastconv.backends import aten, native, native_norm
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 
@@ -300,7 +300,7 @@ def norm_launches(
         )
 
     return {
-        "batch_norm statistics": lambda: native._batch_statistics(x),
+        "batch_norm statistics": lambda: native_norm._batch_statistics(x),
         "batch_norm_relu": lambda: native.batch_norm_relu(*forward)[:1],
         "batch_norm_relu_max_pool2d": lambda: native.batch_norm_relu_max_pool2d(*forward, pool)[:2],
         "batch_norm_relu_backward": lambda: backward(grad, x, None),

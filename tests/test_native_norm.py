@@ -9,7 +9,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from fastconv.backends import aten, native
+from fastconv.backends import aten, native, native_norm
 from fastconv.geometry import PoolGeometry
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
@@ -73,7 +73,7 @@ def test_statistics(shape: Shape, dtype: torch.dtype) -> None:
     """Means of a thousand deviations and none: float64 sums of distances to a value nearby lose nothing to them."""
     for offset in (0, 1000):
         x = (random(shape, torch.float32) + offset).to(dtype)
-        mean, var = native._batch_statistics(x)
+        mean, var = native_norm._batch_statistics(x)
         var64, mean64 = torch.var_mean(x.double(), (0, 2, 3), correction=0)
         assert_close(mean, mean64, torch.float32, 1, "mean", scale=1 + offset)
         assert_close(var, var64, torch.float32, 1, "variance", scale=1)
@@ -83,7 +83,7 @@ def test_statistics_of_a_far_first_value() -> None:
     """Distances are measured from the first values: those may lie anywhere."""
     x = random((4, 8, 32, 32), torch.float32)
     x[0, :, 0, 0] = 1e3
-    mean, var = native._batch_statistics(x)
+    mean, var = native_norm._batch_statistics(x)
     var64, mean64 = torch.var_mean(x.double(), (0, 2, 3), correction=0)
     assert_close(mean, mean64, torch.float32, values((4, 8, 32, 32)), "mean", scale=1)
     assert_close(var, var64, torch.float32, values((4, 8, 32, 32)), "variance")
@@ -96,7 +96,7 @@ def test_statistics_with_nan_and_infinity(dtype: torch.dtype) -> None:
     x[0, 0, 0, 0] = x[2, 1, 3, 4] = torch.nan
     x[0, 2, 0, 0] = x[1, 3, 7, 0] = torch.inf
     x[0, 4, 0, 0] = x[1, 5, 7, 0] = -torch.inf
-    mean, var = native._batch_statistics(x)
+    mean, var = native_norm._batch_statistics(x)
     expected = x.double().mean((0, 2, 3))
     assert_close(mean, expected, torch.float32, values((3, 8, 30, 29)), "mean", scale=1)
     assert var[:6].isnan().all() and var[6:].isfinite().all()

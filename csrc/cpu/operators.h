@@ -27,6 +27,16 @@ int64_t winograd_filters_size(int64_t channels, int64_t out_channels);
 void winograd_filters(const Tensor& weight, const Tensor& filters);
 void winograd_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight_grad, const Pair& padding);
 
+// The same for bfloat16 on Intel's AMX, by products of tiles. An error in a process without it.
+void amx_conv2d(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& padding, bool relu, bool turned);
+void amx_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight_grad, const Pair& padding);
+
+// Whether the compiler knew AMX; whether processor and kernel let this process use it, which ATEN_CPU_CAPABILITY can forbid.
+bool built_with_amx();
+bool has_amx();
+
 // A convolution without groups and dilation of few input channels. `size` and code as above.
 void first_conv2d(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,

@@ -1,82 +1,67 @@
-"""Convolutions on a CPU: by Winograd's transforms, kernels for first layers or oneDNN, as `tuning.pick` says."""
+"""Convolutions on a CPU: by the kernels for first layers, AMX's, Winograd's, or oneDNN, as `tuning.pick` says."""
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from fastconv import tuning
-from fastconv.backends import aten, chip, native_first
-from fastconv.backends.native_library import dense, empty, kernel
+from fastconv.backends import aten, chip, native_amx, native_first, native_winograd
+from fastconv.backends.native_library import dense, kernel
 from fastconv.backends.native_passes import masked, max_pool2d, max_pool2d_backward, relu_backward
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy, torchs_convolution
+from fastconv.tuning import cpu
+
+# Each has conv2d, conv2d_relu_max_pool2d and conv2d_weight_grad; all but the first conv2d_input_grad.
+_KERNELS = {cpu.FIRST: native_first, cpu.AMX: native_amx, cpu.WINOGRAD: native_winograd}
 
 
-def _by_winograd(op: str, direction: str, g: ConvGeometry, policy: Policy) -> bool:
-    return _algorithm(op, direction, g, policy, torch.get_num_threads()) == "winograd"
-
-
-def _is_first(op: str, direction: str, g: ConvGeometry, policy: Policy) -> bool:
-    return _algorithm(op, direction, g, policy, torch.get_num_threads()) == "first"
+def _kernels(op: str, direction: str, g: ConvGeometry, policy: Policy) -> ModuleType | None:
+    """Whose kernels serve a call; None is oneDNN's."""
+    return _kernels_for(op, direction, g, policy, torch.get_num_threads())
 
 
 @tuning.cached_unless_watched
-def _algorithm(op: str, direction: str, g: ConvGeometry, policy: Policy, threads: int) -> str:
-    """The kernel of the first candidate that is ours; '' is oneDNN's."""
-    return next(c.kernel for c in tuning.pick(op, direction, g, policy, chip("cpu")) if c.backend == "native")
+def _kernels_for(op: str, direction: str, g: ConvGeometry, policy: Policy, threads: int) -> ModuleType | None:
+    order = (c.kernel for c in tuning.pick(op, direction, g, policy, chip("cpu")) if c.backend == "native")
+    return _KERNELS.get(next((name for name in order if name != cpu.AMX or native_amx.unavailable() is None), cpu.ONEDNN))
+
+
+def _fuses(pool: PoolGeometry) -> bool:
+    """2×2 with stride 2, windows of ceil_mode that hang over included."""
+    return (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == ((2, 2), (2, 2), (0, 0), (1, 1))
 
 
 def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, policy: Policy, relu: bool
 ) -> Tensor:
-    if residual is not None:
-        residual = dense(residual)
-    if _is_first("conv2d_relu" if relu else "conv2d", "forward", g, policy):
-        return native_first.conv2d(x, weight, bias, residual, g, relu)
-    if _by_winograd("conv2d_relu" if relu else "conv2d", "forward", g, policy):
-        output = empty(x, g.output_shape)
-        size = (g.out_height, g.out_width)
-        _winograd(x, weight, bias, residual, output, None, size, g.padding, relu, turned=False)
+    kernels = _kernels("conv2d_relu" if relu else "conv2d", "forward", g, policy)
+    if kernels is not None:
+        output: Tensor = kernels.conv2d(x, weight, bias, residual, g, relu)
         return output
     if aten.accumulates_in_half(x):
         wide_bias, wide_residual = (None if t is None else t.float() for t in (bias, residual))
-        wide = _onednn(x.float(), weight.float(), wide_bias, wide_residual, g, policy, relu)
-        return wide.to(x.dtype)
+        return _onednn(x.float(), weight.float(), wide_bias, wide_residual, g, policy, relu).to(x.dtype)
     return _onednn(x, weight, bias, residual, g, policy, relu)
 
 
 def _onednn(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, policy: Policy, relu: bool
 ) -> Tensor:
+    residual = None if residual is None else dense(residual)
     with torchs_convolution(policy, x.device.type):
         return kernel("conv2d")(dense(x), weight, bias, residual, g.stride, g.padding, g.dilation, g.groups, relu)
-
-
-def _winograd(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    output: Tensor,
-    code: Tensor | None,
-    size: tuple[int, int],
-    padding: tuple[int, int],
-    relu: bool,
-    turned: bool,
-) -> None:
-    kernel("winograd_conv2d")(dense(x), dense(weight), bias, residual, output, code, size, padding, relu, turned, None)
 
 
 def conv2d_relu_max_pool2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry, policy: Policy
 ) -> tuple[Tensor, Tensor]:
-    if native_first.pools(pool) and _is_first("conv2d_relu_max_pool2d", "forward", g, policy):
-        return native_first.conv2d_relu_max_pool2d(x, weight, bias, g, pool)
-    if pool.is_2x2 and _by_winograd("conv2d_relu_max_pool2d", "forward", g, policy):
-        output, code = empty(x, pool.output_shape), empty(x, pool.output_shape, pool.code_dtype)
-        size = (g.out_height, g.out_width)
-        _winograd(x, weight, bias, None, output, code, size, g.padding, relu=True, turned=False)
+    kernels = _kernels("conv2d_relu_max_pool2d", "forward", g, policy) if _fuses(pool) else None
+    if kernels is not None:
+        output, code = kernels.conv2d_relu_max_pool2d(x, weight, bias, g, pool)
         return output, code
     return max_pool2d(conv2d(x, weight, bias, None, g, policy, relu=False), pool, relu=True)
 
@@ -86,30 +71,26 @@ def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Pol
 
 
 def _input_grad(op: str, grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
-    if not _by_winograd(op, "input_grad", g, policy):
+    kernels = _kernels(op, "input_grad", g, policy)
+    if kernels is None:
         return aten.conv2d_input_grad(dense(grad), weight, g, policy)
-    output = empty(grad, g.input_shape)
-    padding = (2 - g.pad_h, 2 - g.pad_w)
-    _winograd(grad, weight, None, None, output, None, (g.height, g.width), padding, relu=False, turned=True)
-    return output
+    input_grad: Tensor = kernels.conv2d_input_grad(grad, weight, g)
+    return input_grad
 
 
 def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
-    if _is_first("conv2d", "weight_grad", g, policy):
-        return native_first.weight_grad(grad, None, x, g, with_bias=False)[0]
-    if not _by_winograd("conv2d", "weight_grad", g, policy):
+    kernels = _kernels("conv2d", "weight_grad", g, policy)
+    if kernels is None:
         return aten.conv2d_weight_grad(dense(grad), dense(x), g, policy)
-    output = empty(grad, g.weight_shape)
-    kernel("winograd_weight_grad")(dense(grad), dense(x), output, g.padding)
-    return output
+    weight_grad: Tensor = kernels.conv2d_weight_grad(grad, x, g)
+    return weight_grad
 
 
 def conv2d_relu_weight_grad(
     grad: Tensor, gate: Tensor, x: Tensor, g: ConvGeometry, policy: Policy, pool: PoolGeometry | None, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    op = "conv2d_relu" if pool is None else "conv2d_relu_max_pool2d"
-    if (pool is None or native_first.pools(pool)) and _is_first(op, "weight_grad", g, policy):
-        return native_first.weight_grad(grad, gate, x, g, with_bias)
+    if (pool is None or _fuses(pool)) and _kernels("conv2d", "weight_grad", g, policy) is native_first:
+        return native_first.conv2d_relu_weight_grad(grad, gate, x, g, with_bias)
     if pool is None:
         before, bias = relu_backward(grad, gate, with_bias)
     else:
@@ -123,9 +104,9 @@ def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, po
 
 def _backward(op: str, grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> tuple[Tensor, Tensor]:
     grad = dense(grad)
-    if _by_winograd(op, "input_grad", g, policy) or _by_winograd("conv2d", "weight_grad", g, policy):
-        return _input_grad(op, grad, weight, g, policy), conv2d_weight_grad(grad, x, g, policy)
-    return aten.conv2d_backward(grad, dense(x), weight, g, policy)
+    if _kernels(op, "input_grad", g, policy) is None and _kernels("conv2d", "weight_grad", g, policy) is None:
+        return aten.conv2d_backward(grad, dense(x), weight, g, policy)  # both at once spare oneDNN something
+    return _input_grad(op, grad, weight, g, policy), conv2d_weight_grad(grad, x, g, policy)
 
 
 def conv2d_input_grad_relu(

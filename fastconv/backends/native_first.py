@@ -8,13 +8,9 @@ from fastconv.backends.native_library import dense, empty, kernel
 from fastconv.geometry import ConvGeometry, PoolGeometry
 
 
-def pools(pool: PoolGeometry) -> bool:
-    """Whether the kernels fuse `pool`: 2×2 with stride 2, windows of ceil_mode that hang over included."""
-    return (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == ((2, 2), (2, 2), (0, 0), (1, 1))
-
-
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, relu: bool) -> Tensor:
     output = empty(x, g.output_shape)
+    residual = None if residual is None else dense(residual)
     _forward(x, weight, bias, residual, output, None, g, relu)
     return output
 
@@ -41,12 +37,21 @@ def _forward(
     kernel("first_conv2d")(dense(x), dense(weight), bias, residual, output, code, size, g.stride, g.padding, relu)
 
 
-def weight_grad(
+def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry) -> Tensor:
+    return _weight_grad(grad, None, x, g, with_bias=False)[0]
+
+
+def conv2d_relu_weight_grad(
+    grad: Tensor, gate: Tensor, x: Tensor, g: ConvGeometry, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """`gate`: the output of the ReLU, or the code of the pool behind it."""
+    return _weight_grad(grad, dense(gate), x, g, with_bias)
+
+
+def _weight_grad(
     grad: Tensor, gate: Tensor | None, x: Tensor, g: ConvGeometry, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """conv2d_relu_weight_grad; without a gate, of a convolution without ReLU."""
     output, bias = empty(grad, g.weight_shape), grad.new_empty(g.out_channels) if with_bias else None
-    gate = None if gate is None else dense(gate)
     size = (g.out_height, g.out_width)
     kernel("first_weight_grad")(dense(grad), gate, dense(x), output, bias, size, g.stride, g.padding)
     return output, bias

@@ -11,7 +11,7 @@ import torch
 
 import fastconv
 from fastconv import backends
-from fastconv.backends import native
+from fastconv.backends import native, native_amx
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy, get_precision
 from fastconv.tuning import tables
@@ -78,7 +78,9 @@ def _native() -> list[tuple[str, str]]:
         return [("compiled library", f"none: {missing}"), ("", "a C++ compiler is, for instance, Debian's package g++")]
     library = native.library()
     build = ", ".join(f"{key} {value}" for key, value in library.build_info().items())
-    return [("compiled library", build), ("its CPU kernels", library.cpu_capability())]
+    missing = native_amx.unavailable()
+    amx = "ready" if missing is None else f"no: {missing}"
+    return [("compiled library", build), ("its CPU kernels", library.cpu_capability()), ("its AMX kernels", amx)]
 
 
 def _backends() -> list[tuple[str, str]]:

@@ -9,6 +9,7 @@ import torch
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
 
+AMX = "amx"
 FIRST = "first"
 WINOGRAD = "winograd"
 ONEDNN = ""
@@ -27,16 +28,22 @@ _NATIVE_BFLOAT16 = 2.0
 
 def algorithms(op: str, direction: str, g: ConvGeometry, policy: Policy) -> tuple[str, ...]:
     """Every algorithm that can serve, in the order of a count of multiply-adds."""
-    if direction != "input_grad" and first_serves(g, policy):
+    if policy.dtype == torch.float64:
+        return (ONEDNN,)
+    if direction != "input_grad" and first_serves(g):
         return (ONEDNN, FIRST) if _fills_bfloat16(op, g, policy) else (FIRST, ONEDNN)
-    if not winograd_serves(g, policy):
+    if not is_plain_3x3(g):
+        return (ONEDNN,)
+    if policy.dtype == torch.bfloat16 and _has_amx():
+        return (AMX, ONEDNN) if _amx_pays(direction, g) else (ONEDNN, AMX)
+    if policy.direct:
         return (ONEDNN,)
     return (WINOGRAD, ONEDNN) if _winograd_operations(direction, g) < _direct_operations(g, policy) else (ONEDNN, WINOGRAD)
 
 
-def first_serves(g: ConvGeometry, policy: Policy) -> bool:
+def first_serves(g: ConvGeometry) -> bool:
     """Few input channels, neither dilated nor grouped."""
-    plain = g.groups == 1 and g.dilation == (1, 1) and policy.dtype != torch.float64
+    plain = g.groups == 1 and g.dilation == (1, 1)
     return plain and g.in_channels <= _FIRST_CHANNELS and max(g.kernel_height, g.kernel_width) <= _FIRST_SIDE
 
 
@@ -46,10 +53,18 @@ def _fills_bfloat16(op: str, g: ConvGeometry, policy: Policy) -> bool:
     return native and op != "conv2d_relu_max_pool2d" and g.in_channels * g.taps > _FIRST_ELEMENTS
 
 
-def winograd_serves(g: ConvGeometry, policy: Policy) -> bool:
-    """3×3, neither strided nor dilated nor grouped, sums not asked to be direct."""
+def is_plain_3x3(g: ConvGeometry) -> bool:
+    """3×3, neither strided nor dilated nor grouped."""
     plain = (g.kernel_height, g.kernel_width, g.stride_h, g.stride_w, g.dilation_h, g.dilation_w, g.groups)
-    return plain == (3, 3, 1, 1, 1, 1, 1) and max(g.padding) <= 2 and policy.dtype != torch.float64 and not policy.direct
+    return plain == (3, 3, 1, 1, 1, 1, 1) and max(g.padding) <= 2
+
+
+def _amx_pays(direction: str, g: ConvGeometry) -> bool:
+    """By what a prototype of these kernels gained over oneDNN; they themselves were never timed.
+
+    It tied at input gradients of maps from 8×8 to 28×28, and with few channels most of a tile is filled with zeros.
+    """
+    return min(g.in_channels, g.out_channels) >= 16 and (direction != "input_grad" or not 8 <= g.width <= 28)
 
 
 def _winograd_operations(direction: str, g: ConvGeometry) -> float:
@@ -69,3 +84,8 @@ def _direct_operations(g: ConvGeometry, policy: Policy) -> float:
 @cache
 def _has_bfloat16() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+@cache
+def _has_amx() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())

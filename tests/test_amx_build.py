@@ -1,0 +1,110 @@
+"""The kernels for Intel's AMX in the compiled library: their machine code, who may call them, where they are left out."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from test_amx import BUILD, COMPILER, CONV, EMULATED, ROOT, random
+
+from fastconv.backends import native, native_amx
+from fastconv.geometry import ConvGeometry
+from fastconv.precision import Policy
+
+needs_compiler = pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="needs a compiler for x86-64")
+needs_library = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+
+
+@needs_compiler
+def test_equal_operands_do_not_compile(tmp_path: Path) -> None:
+    source = tmp_path / "equal.cpp"
+    source.write_text(f'#include "{ROOT}/tests/amx/emulated.cpp"\nvoid f() {{ amx::multiply_tiles<0, 1, 1>(); }}\n')
+    run = subprocess.run([str(COMPILER), *BUILD, *EMULATED, "-fsyntax-only", str(source)], capture_output=True, text=True)
+    assert run.returncode != 0 and "refuses equal operands" in run.stderr
+
+
+TILE = re.compile(
+    r"^\s*([0-9a-f]+):\s.*\b(tdpbf16ps|tileloadd|tilestored|tilezero|ldtilecfg|tilerelease)\b *(.*)$", re.MULTILINE
+)
+
+
+def tile_instructions(binary: Path) -> list[tuple[int, str, str]]:
+    """Addresses, names and operands (the destination first), from the machine code."""
+    command = ["objdump", "-d", "-M", "intel", "--no-show-raw-insn", str(binary)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [(int(address, 16), name, operands.strip()) for address, name, operands in TILE.findall(listing.stdout)]
+
+
+@needs_compiler
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="needs objdump")
+def test_machine_code(tmp_path: Path) -> None:
+    """The production kernels are AMX's instructions, the only ones of the library."""
+    subprocess.run([str(COMPILER), *BUILD, "-c", f"{CONV}/amx_kernels.cpp", "-o", str(tmp_path / "k.o")], check=True)
+    found = tile_instructions(tmp_path / "k.o")
+    assert {name for _, name, _ in found} == {"tdpbf16ps", "tileloadd", "tilestored", "tilezero", "ldtilecfg", "tilerelease"}
+    products = {operands for _, name, operands in found if name == "tdpbf16ps"}
+    assert products == {"tmm0,tmm4,tmm6", "tmm1,tmm4,tmm7", "tmm2,tmm5,tmm6", "tmm3,tmm5,tmm7"}
+    assert {o[:4] for _, name, o in found if name == "tileloadd"} == {f"tmm{i}" for i in range(8)}
+    assert {o[-4:] for _, name, o in found if name == "tilestored"} == {f"tmm{i}" for i in range(4)}
+    using = {p.name for p in (ROOT / "csrc").rglob("*.*") if re.search(r"tdpbf16ps|tileload|ldtilecfg", p.read_text())}
+    assert using == {"amx_tiles.h"}
+    if native.unavailable() is None and native.library().build_info()["amx"]:
+        library = tile_instructions(Path(native.library().__file__))
+        assert library, "the library says that it has AMX kernels"
+        addresses = [address for address, _, _ in library]
+        text = subprocess.run(["size", "-A", str(tmp_path / "k.o")], capture_output=True, text=True, check=True).stdout
+        own = sum(int(size) for size in re.findall(r"^\.text\S*\s+(\d+)", text, re.MULTILINE))
+        assert max(addresses) - min(addresses) < 2 * own, "tile instructions lie in one object"
+
+
+@needs_compiler
+def test_compiles_without_amx() -> None:
+    """Where the compiler does not know it, and on other architectures."""
+    flags = [*BUILD, "-DFASTCONV_AMX=0", "-Wall", "-Werror", "-fsyntax-only"]
+    subprocess.run([str(COMPILER), *flags, f"{CONV}/amx.cpp", f"{CONV}/amx_kernels.cpp"], check=True)
+
+
+@needs_library
+def test_serves() -> None:
+    def reason(
+        weight: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, stride: int = 1, padding: int = 1
+    ) -> str | None:
+        g = ConvGeometry.of(
+            "test", (2, 32, 14, 14), weight, None, (stride, stride), (padding, padding), (1, 1), 32 // weight[1]
+        )
+        return native_amx.serves(g, Policy(dtype), "forward")
+
+    assert "float32" in str(reason((64, 32, 3, 3), torch.float32))
+    assert "stride=(2, 2)" in str(reason((64, 32, 3, 3), stride=2))
+    assert "groups=2" in str(reason((64, 16, 3, 3)))
+    assert "5×5" in str(reason((64, 32, 5, 5)))
+    assert "padding=(3, 3)" in str(reason((64, 32, 3, 3), padding=3))
+    assert (reason((64, 32, 3, 3)) is None) == native.library().has_amx()
+
+
+@needs_library
+def test_operators_check_their_arguments() -> None:
+    """What a kernel would read or write out of bounds is an error first; then, whether there is AMX."""
+    operator = torch.ops.fastconv_native.amx_conv2d
+    x, weight, y = random(1, 32, 6, 6), random(16, 32, 3, 3), random(1, 16, 6, 6)
+    for arguments, message in (
+        ((x, weight, random(15), None, y, None, (6, 6), (1, 1), True, False), "bias"),
+        ((x, weight, None, None, y, None, (6, 6), (0, 1), True, False), "output has a wrong size"),
+        ((x, weight, None, None, y, None, (6, 6), (1, 1), True, True), "weight must be"),
+        ((x, weight.float(), None, None, y, None, (6, 6), (1, 1), True, False), "weight has a wrong dtype"),
+        ((x, weight, None, y, y, y.byte(), (6, 6), (1, 1), True, False), "a pool comes with"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            operator(*arguments)
+    with pytest.raises(RuntimeError, match="grad has a wrong size"):
+        torch.ops.fastconv_native.amx_weight_grad(y, x, weight, (2, 1))
+    if native.library().has_amx():
+        operator(x, weight, None, None, y, None, (6, 6), (1, 1), True, False)
+    else:
+        with pytest.raises(RuntimeError, match="this process has no AMX"):
+            operator(x, weight, None, None, y, None, (6, 6), (1, 1), True, False)
