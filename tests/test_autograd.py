@@ -126,7 +126,8 @@ def test_an_exported_program_trains(layout: torch.memory_format) -> None:
     program = torch.export.export(net, (x,)).module()
     wanted = torch.autograd.grad(net(x).square().sum(), list(net.parameters()))
     got = torch.autograd.grad(program(x).square().sum(), list(program.parameters()))
-    assert all(map(torch.equal, got, wanted))
+    for traced, eager in zip(got, wanted, strict=True):  # a chain and its layers one by one sum biases in different order
+        assert_close(traced, eager.double(), torch.float32, x.numel())
 
 
 def test_a_direct_call_of_an_operator_is_differentiable() -> None:
