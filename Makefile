@@ -4,6 +4,8 @@
 #   make test                       lint, and the tests that take minutes
 #   make verify                     the README as a newcomer types it, and the slow tests
 #   make lint                       ruff; mypy on the package
+#   make bench-cpu [ARGS="--quick"] times nets, training steps and layers against stock torch on this CPU, minutes; records
+#                                   under benchmarks/results/, with --quick (a minute) under runs/bench/
 #   make docs                       docs/kernels.md and docs/traffic.md: machine code and bytes of the Triton kernels, no GPU needed
 #   make gpu PART=tests             the tests and a layer timing that need an NVIDIA GPU; results under $(OUT)
 #   make clean                      remove what was built; .venv and runs/ stay
@@ -43,7 +45,7 @@ export PIP_NO_INDEX := 1
 export PIP_BREAK_SYSTEM_PACKAGES := 1
 endif
 
-.PHONY: train test verify lint docs gpu clean install
+.PHONY: train test verify lint bench-cpu docs gpu clean install
 
 train: $(stamp)
 	$(python) -m fastconv.cli train $(ARGS)
@@ -70,6 +72,9 @@ else
 	  fi; \
 	done
 endif
+
+bench-cpu: $(stamp)
+	$(python) -m benchmarks.cpu $(ARGS)
 
 docs: $(stamp)
 	$(python) -m fastconv.cli explain --traffic --model vgg16,recipe --markdown docs/traffic.md

@@ -24,6 +24,12 @@ STABLE_TORCH_LIBRARY(fastconv_native, m) {
       "amx_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) output, Tensor(b!)? code, "
       "int[2] size, int[2] padding, bool relu, bool turned) -> ()");
   m.def("amx_weight_grad(Tensor grad, Tensor x, Tensor(a!) weight_grad, int[2] padding) -> ()");
+  m.def(
+      "first_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) output, Tensor(b!)? code, "
+      "int[2] size, int[2] stride, int[2] padding, bool relu) -> ()");
+  m.def(
+      "first_weight_grad(Tensor grad, Tensor? gate, Tensor x, Tensor(a!) weight_grad, Tensor(b!)? bias_grad, int[2] size, "
+      "int[2] stride, int[2] padding) -> ()");
   m.def("relu_backward(Tensor grad, Tensor output, Tensor(a!) masked, Tensor(b!)? bias_grad) -> ()");
   m.def("bias_grad(Tensor grad, Tensor(a!) bias_grad) -> ()");
   m.def(
@@ -40,6 +46,22 @@ STABLE_TORCH_LIBRARY(fastconv_native, m) {
       "bool count_include_pad, int? divisor_override) -> ()");
   m.def("global_avg_pool2d(Tensor x, Tensor(a!) output) -> ()");
   m.def("global_avg_pool2d_backward(Tensor grad, Tensor(a!) input_grad) -> ()");
+  m.def("batch_norm_statistics(Tensor x, Tensor(a!) mean, Tensor(b!) var) -> ()");
+  m.def(
+      "batch_norm_relu(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, float eps, "
+      "bool relu, Tensor(a!) output) -> ()");
+  m.def(
+      "batch_norm_relu_max_pool2d(Tensor x, Tensor mean, Tensor var, Tensor? weight, Tensor? bias, Tensor? residual, "
+      "float eps, Tensor(a!) output, Tensor(b!) code) -> ()");
+  m.def(
+      "batch_norm_relu_backward(Tensor grad, Tensor? gate, Tensor? x, Tensor mean, Tensor var, Tensor? weight, float eps, "
+      "bool training, Tensor(a!)? sums, Tensor(b!)? input_grad, Tensor(c!)? closed) -> ()");
+  m.def(
+      "batch_norm_relu_max_pool2d_backward(Tensor grad, Tensor code, Tensor? x, Tensor mean, Tensor var, Tensor? weight, "
+      "float eps, bool training, Tensor(a!)? sums, Tensor(b!)? input_grad) -> ()");
+  m.def(
+      "batch_norm_update(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum, "
+      "float unbiased) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv_native, CPU, m) {
@@ -48,6 +70,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv_native, CPU, m) {
   m.impl("winograd_weight_grad", TORCH_BOX(&fastconv::winograd_weight_grad));
   m.impl("amx_conv2d", TORCH_BOX(&fastconv::amx_conv2d));
   m.impl("amx_weight_grad", TORCH_BOX(&fastconv::amx_weight_grad));
+  m.impl("first_conv2d", TORCH_BOX(&fastconv::first_conv2d));
+  m.impl("first_weight_grad", TORCH_BOX(&fastconv::first_weight_grad));
   m.impl("relu_backward", TORCH_BOX(&fastconv::relu_backward));
   m.impl("bias_grad", TORCH_BOX(&fastconv::bias_grad));
   m.impl("max_pool2d", TORCH_BOX(&fastconv::max_pool2d));
@@ -56,6 +80,12 @@ STABLE_TORCH_LIBRARY_IMPL(fastconv_native, CPU, m) {
   m.impl("avg_pool2d_backward", TORCH_BOX(&fastconv::avg_pool2d_backward));
   m.impl("global_avg_pool2d", TORCH_BOX(&fastconv::global_avg_pool2d));
   m.impl("global_avg_pool2d_backward", TORCH_BOX(&fastconv::global_avg_pool2d_backward));
+  m.impl("batch_norm_statistics", TORCH_BOX(&fastconv::batch_norm_statistics));
+  m.impl("batch_norm_relu", TORCH_BOX(&fastconv::batch_norm_relu));
+  m.impl("batch_norm_relu_max_pool2d", TORCH_BOX(&fastconv::batch_norm_relu_max_pool2d));
+  m.impl("batch_norm_relu_backward", TORCH_BOX(&fastconv::batch_norm_relu_backward));
+  m.impl("batch_norm_relu_max_pool2d_backward", TORCH_BOX(&fastconv::batch_norm_relu_max_pool2d_backward));
+  m.impl("batch_norm_update", TORCH_BOX(&fastconv::batch_norm_update));
 }
 
 namespace {

@@ -40,6 +40,7 @@ def _fresh_and_poisoned(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     fastconv.use_backend("auto")
+    fastconv.set_precision("fast")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

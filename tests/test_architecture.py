@@ -64,8 +64,8 @@ def test_imports(path: Path) -> None:
         assert not others & {"ops", "backends", "autograd"}
     if not path.is_relative_to(ROOT / "backends") and own != "kernels":
         assert "kernels" not in others, "only the Triton backend imports kernels"
-    if path != ROOT / "backends" / "native.py":
-        assert not any(n.startswith("fastconv._C") for n in imports(path)), "only backends.native loads the library"
+    if path != ROOT / "backends" / "native_library.py":
+        assert not any(n.startswith("fastconv._C") for n in imports(path)), "only backends.native_library loads the library"
     roots = {name.split(".")[0] for name in imports(path)}
     assert not roots & {"tests", "benchmarks"}
 

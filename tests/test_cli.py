@@ -12,6 +12,7 @@ import torch
 
 import fastconv
 from fastconv import backends
+from fastconv.backends import native_library
 from fastconv.cli import main
 from fastconv.tuning import tables
 
@@ -26,6 +27,7 @@ def test_info(capsys: pytest.CaptureFixture[str]) -> None:
         torch.__version__,
         "CPU",
         "compiled library",
+        "precision              fast",
         "aten on cpu",
         backends.chip("cpu"),
     ):
@@ -48,7 +50,7 @@ def test_info_shows_the_tables_in_force(cache: Path, capsys: pytest.CaptureFixtu
 def test_info_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from fastconv.cli import info
 
-    monkeypatch.setattr(info.native, "_load", lambda: "the compiled library is not installed: install g++")
+    monkeypatch.setattr(native_library, "_load", lambda: "the compiled library is not installed: install g++")
     monkeypatch.setattr(info, "_version", lambda name: None)
     assert main(["info"]) == 0
     printed = capsys.readouterr().out

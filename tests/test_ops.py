@@ -19,6 +19,7 @@ from fastconv.geometry import ConvGeometry
 
 ops = torch.ops.fastconv
 CONV = ([1, 2], [1, 0], [1, 1], 2)
+POOL_2X2 = ([2, 2], [2, 2], [0, 0], [1, 1], False)
 POOL = ([3, 2], [2, 2], [1, 0], [1, 1], True)
 X, W, MAP, POOLED = (2, 6, 7, 8), (4, 3, 3, 3), (2, 4, 7, 3), (2, 6, 4, 4)
 
@@ -34,17 +35,25 @@ def samples(op: str, device: str, layout: torch.memory_format) -> list[tuple[Any
         return torch.randn(shape, device=device).to(memory_format=layout)
 
     bias = torch.randn(4, device=device)
+    pooled = ops.max_pool2d(torch.randn(MAP), *POOL_2X2, True, "aten")[1].to(device).to(memory_format=layout)
     codes = code().to(device).to(memory_format=layout)
     return {
         "conv2d": [(t(X), t(W), bias, *CONV), (t(X), t(W), None, *CONV)],
         "conv2d_relu": [(t(X), t(W), bias, t(MAP), *CONV), (t(X), t(W), None, None, *CONV)],
-        "conv2d_relu_max_pool2d": [(t(X), t(W), bias, *CONV, [2, 2], [2, 2], [0, 0], [1, 1], False)],
+        "conv2d_relu_max_pool2d": [(t(X), t(W), bias, *CONV, *POOL_2X2)],
         "conv2d_backward": [
             (t(MAP), *operands, list(X), list(W), layout == torch.channels_last, *CONV)
             for operands in ((t(X), t(W)), (None, t(W)), (t(X), None))
         ],
         "conv2d_backward_relu": [
             (t(MAP), t(X), t(W), *wanted, *CONV) for wanted in ((True, True), (True, False), (False, True))
+        ],
+        "conv2d_relu_weight_grad": [
+            (t(MAP), t(MAP), t(X), list(W), layout == torch.channels_last, with_bias, *CONV) for with_bias in (True, False)
+        ],
+        "conv2d_relu_max_pool2d_weight_grad": [
+            (t((2, 4, 3, 1)), pooled, t(X), list(W), layout == torch.channels_last, with_bias, *CONV, *POOL_2X2)
+            for with_bias in (True, False)
         ],
         "bias_grad": [(t(MAP),)],
         "relu_backward": [(t(MAP), t(MAP), True), (t(MAP), t(MAP), False)],
@@ -81,6 +90,8 @@ OPERATORS = [
     "conv2d_relu_max_pool2d",
     "conv2d_backward",
     "conv2d_backward_relu",
+    "conv2d_relu_weight_grad",
+    "conv2d_relu_max_pool2d_weight_grad",
     "bias_grad",
     "relu_backward",
     "max_pool2d",

@@ -65,7 +65,7 @@ def test_compiler_of_the_environment(setup_py: ModuleType, monkeypatch: pytest.M
 
 def test_lists_every_source(setup_py: ModuleType) -> None:
     listed = {*setup_py.SOURCES, *setup_py.HEADERS}
-    present = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h")}
+    present = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".inc")}
     assert listed == present
 
 

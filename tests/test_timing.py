@@ -93,8 +93,9 @@ SMALL = layers.Layer(3, 8, 12, pool=True)
 def test_layers_pass_their_gate(device: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         for layer in (SMALL, layers.Layer(16, 8, 10, pool=False), layers.Layer(3, 8, 12, pool=True, kernel=7, stride=2)):
-            operands = layers._operands(layer, 2, dtype, torch.device(device), integers=True)
-            assert layers._gate(layer, operands) is None
+            held = layers.untied(layer, *layers.operands(layer, 2, dtype, torch.device(device)))
+            wrong, largest, rms = layers.check(functional, layer, held, layers.both_exact(layer, *held))
+            assert wrong is None and 0 < rms <= largest < 1
 
 
 def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +107,7 @@ def test_a_wrong_layer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert right["ratio"]["runs"] >= 3
     monkeypatch.setattr(functional, "conv2d_relu_max_pool2d", wrong)
     (record,) = layers.run(torch.device("cpu"), torch.float32, 2, 0.01)
-    assert "output: relative error" in record["error"]
+    assert "output: maximum error" in record["error"]
     assert "ratio" not in record
 
 

@@ -18,13 +18,15 @@ def assert_close(
     what: str = "",
     tf32: bool = False,
     scale: float = 0.0,
+    transformed: bool = False,
 ) -> None:
     """`actual` (of `dtype`) against the float64 `expected`; NaN and infinities must lie at the same places.
 
     Args:
         scale: the least size to measure errors by, where few elements are expected and their terms may cancel.
+        transformed: products may be regrouped by Winograd's transforms.
         reduction: the number of products summed into an element (taps · channels for a convolution; 1 for a pool).
     """
     assert actual.dtype == dtype, f"{what}: dtype {actual.dtype} != {dtype}"
-    wrong = deviation(actual, expected, reduction, tf32, scale)
+    wrong = deviation(actual, expected, reduction, tf32, scale, transformed=transformed)
     assert wrong is None, f"{what}: {wrong}"

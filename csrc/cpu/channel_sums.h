@@ -70,12 +70,4 @@ class ChannelSums {
   std::vector<float> sums_;
 };
 
-// `with_bias` of a launcher arrives as an optional output of C elements.
-inline void check_bias(const std::optional<Tensor>& bias, const Map& map, ScalarType dtype) {
-  if (!bias) return;
-  STD_TORCH_CHECK(
-      bias->dim() == 1 && bias->size(0) == map.channels && bias->is_contiguous() && bias->scalar_type() == dtype,
-      "fastconv_native: bias_grad must hold one element of grad's dtype for each channel");
-}
-
 }  // namespace fastconv

@@ -33,6 +33,16 @@ void amx_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight_g
 bool built_with_amx();
 bool has_amx();
 
+// A convolution without groups and dilation of few input channels. `size` and code as above.
+void first_conv2d(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& stride, const Pair& padding,
+    bool relu);
+// `gate`: the output of the convolution's ReLU, or the code of a pool behind it, if there is either.
+void first_weight_grad(
+    const Tensor& grad, const std::optional<Tensor>& gate, const Tensor& x, const Tensor& weight_grad,
+    const std::optional<Tensor>& bias_grad, const Pair& size, const Pair& stride, const Pair& padding);
+
 void relu_backward(const Tensor& grad, const Tensor& output, const Tensor& masked, const std::optional<Tensor>& bias_grad);
 void bias_grad(const Tensor& grad, const Tensor& bias_grad);
 
@@ -52,5 +62,25 @@ void avg_pool2d_backward(
 
 void global_avg_pool2d(const Tensor& x, const Tensor& output);
 void global_avg_pool2d_backward(const Tensor& grad, const Tensor& input_grad);
+
+void batch_norm_statistics(const Tensor& x, const Tensor& mean, const Tensor& var);
+void batch_norm_relu(
+    const Tensor& x, const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, double eps, bool relu, const Tensor& output);
+void batch_norm_relu_max_pool2d(
+    const Tensor& x, const Tensor& mean, const Tensor& var, const std::optional<Tensor>& weight,
+    const std::optional<Tensor>& bias, const std::optional<Tensor>& residual, double eps, const Tensor& output,
+    const Tensor& code);
+void batch_norm_relu_backward(
+    const Tensor& grad, const std::optional<Tensor>& gate, const std::optional<Tensor>& x, const Tensor& mean,
+    const Tensor& var, const std::optional<Tensor>& weight, double eps, bool training, const std::optional<Tensor>& sums,
+    const std::optional<Tensor>& input_grad, const std::optional<Tensor>& closed);
+void batch_norm_relu_max_pool2d_backward(
+    const Tensor& grad, const Tensor& code, const std::optional<Tensor>& x, const Tensor& mean, const Tensor& var,
+    const std::optional<Tensor>& weight, double eps, bool training, const std::optional<Tensor>& sums,
+    const std::optional<Tensor>& input_grad);
+void batch_norm_update(
+    const Tensor& running_mean, const Tensor& running_var, const Tensor& mean, const Tensor& var, double momentum,
+    double unbiased);
 
 }  // namespace fastconv

@@ -43,6 +43,14 @@ inline void check_same(const Tensor& tensor, const char* name, const Map& map, S
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "fastconv_native: ", name, " has a wrong dtype");
 }
 
+// A bias, or its gradient: one element for each channel of `map`.
+inline void check_bias(const std::optional<Tensor>& bias, const Map& map, ScalarType dtype) {
+  if (!bias) return;
+  STD_TORCH_CHECK(
+      bias->dim() == 1 && bias->size(0) == map.channels && bias->is_contiguous() && bias->scalar_type() == dtype,
+      "fastconv_native: a bias must hold one element of its map's dtype for each channel");
+}
+
 template <class T>
 const T* read(const Tensor& tensor) {
   return static_cast<const T*>(tensor.const_data_ptr());

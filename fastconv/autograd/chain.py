@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastconv.autograd.conv import Conv, conv_grads, relu_backward
+from fastconv.autograd.conv import Conv, conv_grads, is_weight_only, relu_backward, relu_weight_grad
 from fastconv.autograd.core import ConvArgs, Grads, PoolArgs, call, ops, record, run
 from fastconv.autograd.pool import unpool
 from fastconv.geometry import conv_output_shape
@@ -123,6 +123,11 @@ class ConvChain(torch.autograd.Function):
                 if grad is None:
                     output = input
                     continue
+                if is_weight_only(input, weight):
+                    gate = output if pool is None else code
+                    assert gate is not None and input is not None
+                    found[0], found[1] = relu_weight_grad(conv, grad, gate, input, pool, need_bias)
+                    return (None, None, None, *found)
                 undone = _undo(grad, output, code, conv, pool, need_bias)
             before, found[2 * i + 1] = undone
             output = grad = undone = None

@@ -49,6 +49,23 @@ def relu_backward(grad: Tensor, output: Tensor, with_bias: bool, backend: str) -
     return masked, bias if with_bias else None
 
 
+def relu_weight_grad(
+    conv: Conv, grad: Tensor, gate: Tensor, input: Tensor, pool: PoolArgs | None, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias gradient from the gradient behind a layer's ReLU (`gate`: its output) or pool (`gate`: its code)."""
+    operands = (grad, gate, input, conv.weight_shape, conv.weight_channels_last, with_bias, conv.args)
+    if pool is None:
+        weight, bias = run(ops.conv2d_relu_weight_grad.default, *operands, conv.backend)
+    else:
+        weight, bias = run(ops.conv2d_relu_max_pool2d_weight_grad.default, *operands, pool, conv.backend)
+    return weight, bias if with_bias else None
+
+
+def is_weight_only(input: Tensor | None, weight: Tensor | None) -> bool:
+    """Whether, by what was saved, the weight needs a gradient and the input none, and that once."""
+    return weight is None and input is not None and not torch.is_grad_enabled()
+
+
 def _keep_conv(ctx: Any, input: Tensor, weight: Tensor, args: ConvArgs, backend: str, *more: Tensor) -> None:
     """Save what the needed gradients read: the input for the weight's, the weight for the input's, and `more`."""
     need_input, need_weight = ctx.needs_input_grad[:2]
@@ -104,6 +121,8 @@ class Conv2dReLU(torch.autograd.Function):
         if grad is None:
             return (None,) * 6
         input, weight, output = ctx.saved_tensors
+        if is_weight_only(input, weight) and not ctx.needs_input_grad[3]:
+            return (None, *relu_weight_grad(ctx.conv, grad, output, input, None, ctx.needs_input_grad[2]), None, None, None)
         masked, bias = relu_backward(grad, output, ctx.needs_input_grad[2], ctx.conv.backend)
         residual = masked if ctx.needs_input_grad[3] else None
         return (*conv_grads(ctx.conv, masked, input, weight), bias, residual, None, None)
@@ -134,6 +153,8 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
             return (None,) * 6
         input, weight, code = ctx.saved_tensors
         need_bias = ctx.needs_input_grad[2]
+        if is_weight_only(input, weight):
+            return (None, *relu_weight_grad(ctx.conv, grad, code, input, ctx.pool, need_bias), None, None, None)
         unpooled, bias = unpool(grad, code, ctx.unpooled_shape, ctx.pool, need_bias, ctx.conv.backend)
         return (*conv_grads(ctx.conv, unpooled, input, weight), bias, None, None, None)
 

@@ -80,6 +80,21 @@ class Launchers(Protocol):
     def conv2d_weight_grad(self, grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
         """torch.nn.grad.conv2d_weight."""
 
+    def conv2d_relu_weight_grad(
+        self,
+        grad: Tensor,
+        gate: Tensor,
+        x: Tensor,
+        g: ConvGeometry,
+        policy: Policy,
+        pool: PoolGeometry | None,
+        with_bias: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(weight gradient, bias gradient when `with_bias`) of conv2d_relu; `grad` is of its output, which is the `gate`.
+
+        With a `pool`, of conv2d_relu_max_pool2d, and `gate` is the code.
+        """
+
     def conv2d_backward(
         self, grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy
     ) -> tuple[Tensor, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastconv.backends import Statistics, cudnn
 from fastconv.geometry import ConvGeometry, PoolGeometry, memory_format, statistics_dtype
-from fastconv.precision import Policy
+from fastconv.precision import Policy, torchs_convolution
 
 NAME = "aten"
 
@@ -36,8 +36,10 @@ def conv2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, policy: Policy, relu: bool
 ) -> Tensor:
     if relu and memory_format(x) == torch.channels_last and cudnn.fuses(x.device, g, policy):
-        return cudnn.conv2d_relu(x, weight, bias, residual, g)
-    output = _conv2d_forward(x, weight, bias, g)
+        with torchs_convolution(policy, x.device.type):
+            return cudnn.conv2d_relu(x, weight, bias, residual, g)
+    with torchs_convolution(policy, x.device.type):
+        output = _conv2d_forward(x, weight, bias, g)
     if residual is not None:
         output += residual
     return output.relu_() if relu else output
@@ -57,27 +59,40 @@ def _conv2d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeome
 
 
 # Shape-only operands below are uninitialised: an expanded scalar would be written out in full by torch.
-def _conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, mask: list[bool]) -> tuple[Tensor, ...]:
+def _conv2d_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy, mask: list[bool]
+) -> tuple[Tensor, ...]:
     if accumulates_in_half(grad):
-        wide = _conv2d_backward(grad.float(), x.float(), weight.float(), g, mask)
+        wide = _conv2d_backward(grad.float(), x.float(), weight.float(), g, policy, mask)
         return tuple(t if t is None else t.to(grad.dtype) for t in wide)
-    return torch.ops.aten.convolution_backward(
-        grad, x, weight, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups, mask
-    )
+    with torchs_convolution(policy, grad.device.type):
+        return torch.ops.aten.convolution_backward(
+            grad, x, weight, None, g.stride, g.padding, g.dilation, False, (0, 0), g.groups, mask
+        )
 
 
 def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
     shape_only = torch.empty(g.input_shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad, weight))
-    return _conv2d_backward(grad, shape_only, weight, g, [True, False, False])[0]
+    return _conv2d_backward(grad, shape_only, weight, g, policy, [True, False, False])[0]
 
 
 def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
     shape_only = torch.empty(g.weight_shape, dtype=grad.dtype, device=grad.device, memory_format=memory_format(grad, x))
-    return _conv2d_backward(grad, x, shape_only, g, [False, True, False])[1]
+    return _conv2d_backward(grad, x, shape_only, g, policy, [False, True, False])[1]
+
+
+def conv2d_relu_weight_grad(
+    grad: Tensor, gate: Tensor, x: Tensor, g: ConvGeometry, policy: Policy, pool: PoolGeometry | None, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    if pool is None:
+        before, bias = relu_backward(grad, gate, with_bias)
+    else:
+        before, bias = max_pool2d_backward(grad, gate, pool, with_bias)
+    return conv2d_weight_grad(before, x, g, policy), bias
 
 
 def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> tuple[Tensor, Tensor]:
-    grad_input, grad_weight, _ = _conv2d_backward(grad, x, weight, g, [True, True, False])
+    grad_input, grad_weight, _ = _conv2d_backward(grad, x, weight, g, policy, [True, True, False])
     return grad_input, grad_weight
 
 

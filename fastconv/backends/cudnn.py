@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastconv import backends, tuning
 from fastconv.geometry import ConvGeometry
-from fastconv.precision import Policy
+from fastconv.precision import Policy, torchs_convolution
 from fastconv.tuning import fused
 
 # What may change cuDNN's engine: device, arithmetic, torch.backends.cudnn.benchmark, window. Each is tried once.
@@ -51,7 +51,8 @@ def fuses(device: torch.device, g: ConvGeometry, policy: Policy) -> bool:
                 _log.info("cuDNN's convolution with ReLU is not used in a capture for windows never run before it")
             return False
         if known is None:
-            with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.cuda.device(device):
+            outside = (torch.no_grad(), torch.autocast("cuda", enabled=False), torch.cuda.device(device))
+            with outside[0], outside[1], outside[2], torchs_convolution(policy, "cuda"):
                 known = _answers[key] = keeps_nan(conv2d_relu, device, policy.dtype, g)
         found = known
     tuning.note_fused(backends.chip("cuda", device.index), g, policy, found)

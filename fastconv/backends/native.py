@@ -1,28 +1,72 @@
-"""The compiled CPU kernels: oneDNN's convolutions and torch's normalisation with fused passes behind them, own poolings.
+"""The compiled CPU kernels: Winograd's convolutions, oneDNN's with passes behind them, poolings, batch norms.
 
-Only this module loads `fastconv._C`. Its kernels take dense channels_last tensors of float32, bfloat16 or float16 and
-write outputs that are allocated here.
+They take dense channels_last tensors of float32, bfloat16 or float16, and compute in float32.
 """
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
-from functools import cache
-from types import ModuleType
-
 import torch
-from torch import Tensor
 
-from fastconv.backends import Statistics, aten
+from fastconv.backends.native_conv import (
+    conv2d,
+    conv2d_backward,
+    conv2d_backward_relu,
+    conv2d_input_grad,
+    conv2d_input_grad_relu,
+    conv2d_relu_max_pool2d,
+    conv2d_relu_weight_grad,
+    conv2d_weight_grad,
+)
+from fastconv.backends.native_library import library, unavailable
+from fastconv.backends.native_norm import (
+    batch_norm_relu,
+    batch_norm_relu_backward,
+    batch_norm_relu_max_pool2d,
+    batch_norm_update,
+)
+from fastconv.backends.native_passes import (
+    avg_pool2d,
+    avg_pool2d_backward,
+    bias_grad,
+    global_avg_pool2d,
+    global_avg_pool2d_backward,
+    max_pool2d,
+    max_pool2d_backward,
+    relu_backward,
+)
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
+
+__all__ = [
+    "NAME",
+    "avg_pool2d",
+    "avg_pool2d_backward",
+    "batch_norm_relu",
+    "batch_norm_relu_backward",
+    "batch_norm_relu_max_pool2d",
+    "batch_norm_update",
+    "bias_grad",
+    "conv2d",
+    "conv2d_backward",
+    "conv2d_backward_relu",
+    "conv2d_input_grad",
+    "conv2d_input_grad_relu",
+    "conv2d_relu_max_pool2d",
+    "conv2d_relu_weight_grad",
+    "conv2d_weight_grad",
+    "global_avg_pool2d",
+    "global_avg_pool2d_backward",
+    "library",
+    "max_pool2d",
+    "max_pool2d_backward",
+    "relu_backward",
+    "supports",
+    "unavailable",
+]
 
 NAME = "native"
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_LIBRARY = "fastconv._C"
-_INSTALL = "install torch and a C++ compiler, then run `pip install --no-build-isolation -e .` in fastconv's source folder"
 
 
 def supports(op: str, direction: str, geometry: ConvGeometry | PoolGeometry, policy: Policy, device_type: str) -> str | None:
@@ -31,201 +75,3 @@ def supports(op: str, direction: str, geometry: ConvGeometry | PoolGeometry, pol
     if policy.dtype not in _DTYPES:
         return f"it has no kernels for {policy.dtype}; allowed: {', '.join(map(str, _DTYPES))}"
     return unavailable()
-
-
-def unavailable() -> str | None:
-    """Why the compiled library cannot be used, with what to do about it; None where it can."""
-    library = _load()
-    return library if isinstance(library, str) else None
-
-
-def library() -> ModuleType:
-    """The compiled library: its `build_info()` and `cpu_capability()`.
-
-    Raises:
-        RuntimeError: it is not installed, or does not load.
-    """
-    library = _load()
-    if isinstance(library, str):
-        raise RuntimeError(library)
-    return library
-
-
-@cache
-def _load() -> ModuleType | str:
-    try:
-        return importlib.import_module(_LIBRARY)
-    except ModuleNotFoundError:
-        return f"the compiled library is not installed ({_LIBRARY} is missing): {_INSTALL}"
-    except ImportError as error:
-        return f"the compiled library does not load ({error}): it was built for another torch or Python; {_INSTALL}"
-
-
-@cache
-def _kernel(name: str) -> Callable[..., Tensor]:
-    library()
-    kernel: Callable[..., Tensor] = getattr(torch.ops.fastconv_native, name).default
-    return kernel
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
-
-
-def _empty(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
-    return torch.empty(shape, dtype=dtype or like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, policy: Policy, relu: bool
-) -> Tensor:
-    if aten.accumulates_in_half(x):
-        wide_bias, wide_residual = (None if t is None else t.float() for t in (bias, residual))
-        return conv2d(x.float(), weight.float(), wide_bias, wide_residual, g, policy, relu).to(x.dtype)
-    if residual is not None:
-        residual = _dense(residual)
-    return _kernel("conv2d")(_dense(x), weight, bias, residual, g.stride, g.padding, g.dilation, g.groups, relu)
-
-
-def conv2d_relu_max_pool2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry, policy: Policy
-) -> tuple[Tensor, Tensor]:
-    return max_pool2d(conv2d(x, weight, bias, None, g, policy, relu=False), pool, relu=True)
-
-
-def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
-    return aten.conv2d_input_grad(_dense(grad), weight, g, policy)
-
-
-def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
-    return aten.conv2d_weight_grad(_dense(grad), _dense(x), g, policy)
-
-
-def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> tuple[Tensor, Tensor]:
-    return aten.conv2d_backward(_dense(grad), _dense(x), weight, g, policy)
-
-
-def conv2d_input_grad_relu(
-    grad: Tensor, weight: Tensor, gate: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    return _masked(_dense(conv2d_input_grad(grad, weight, g, policy)), gate, with_bias)
-
-
-def conv2d_backward_relu(
-    grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    grad_input, grad_weight = conv2d_backward(grad, x, weight, g, policy)
-    masked, bias = _masked(_dense(grad_input), x, with_bias)
-    return masked, grad_weight, bias
-
-
-def bias_grad(grad: Tensor) -> Tensor:
-    output = grad.new_empty(grad.shape[1])
-    _kernel("bias_grad")(_dense(grad), output)
-    return output
-
-
-def relu_backward(grad: Tensor, output: Tensor, with_bias: bool) -> tuple[Tensor, Tensor | None]:
-    return _masked(_dense(grad), output, with_bias, _empty(grad, grad.shape))
-
-
-def _masked(grad: Tensor, output: Tensor, with_bias: bool, masked: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """relu_backward into `masked`, or in place."""
-    masked = grad if masked is None else masked
-    bias = grad.new_empty(grad.shape[1]) if with_bias else None
-    _kernel("relu_backward")(grad, _dense(output), masked, bias)
-    return masked, bias
-
-
-def max_pool2d(x: Tensor, pool: PoolGeometry, relu: bool) -> tuple[Tensor, Tensor]:
-    output = _empty(x, pool.output_shape)
-    code = _empty(x, pool.output_shape, pool.code_dtype)
-    _kernel("max_pool2d")(_dense(x), output, code, pool.kernel_size, pool.stride, pool.padding, pool.dilation, relu)
-    return output, code
-
-
-def max_pool2d_backward(grad: Tensor, code: Tensor, pool: PoolGeometry, with_bias: bool) -> tuple[Tensor, Tensor | None]:
-    input_grad = _empty(grad, pool.input_shape)
-    bias = grad.new_empty(pool.channels) if with_bias else None
-    _kernel("max_pool2d_backward")(
-        _dense(grad), _dense(code), input_grad, bias, pool.kernel_size, pool.stride, pool.padding, pool.dilation
-    )
-    return input_grad, bias
-
-
-def avg_pool2d(x: Tensor, pool: PoolGeometry, count_include_pad: bool, divisor_override: int | None) -> Tensor:
-    output = _empty(x, pool.output_shape)
-    _kernel("avg_pool2d")(
-        _dense(x), output, pool.kernel_size, pool.stride, pool.padding, count_include_pad, divisor_override
-    )
-    return output
-
-
-def avg_pool2d_backward(grad: Tensor, pool: PoolGeometry, count_include_pad: bool, divisor_override: int | None) -> Tensor:
-    input_grad = _empty(grad, pool.input_shape)
-    _kernel("avg_pool2d_backward")(
-        _dense(grad), input_grad, pool.kernel_size, pool.stride, pool.padding, count_include_pad, divisor_override
-    )
-    return input_grad
-
-
-def global_avg_pool2d(x: Tensor) -> Tensor:
-    output = _empty(x, (*x.shape[:2], 1, 1))
-    _kernel("global_avg_pool2d")(_dense(x), output)
-    return output
-
-
-def global_avg_pool2d_backward(grad: Tensor, height: int, width: int) -> Tensor:
-    input_grad = _empty(grad, (*grad.shape[:2], height, width))
-    _kernel("global_avg_pool2d_backward")(_dense(grad), input_grad)
-    return input_grad
-
-
-def batch_norm_relu(
-    x: Tensor,
-    statistics: Statistics | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Statistics]:
-    return aten.batch_norm_relu(x, statistics, weight, bias, residual, eps)
-
-
-def batch_norm_relu_max_pool2d(
-    x: Tensor,
-    statistics: Statistics | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    eps: float,
-    pool: PoolGeometry,
-) -> tuple[Tensor, Tensor, Statistics]:
-    normalised, statistics = aten.batch_norm(x, statistics, weight, bias, residual, eps)
-    return *max_pool2d(normalised, pool, relu=True), statistics
-
-
-def batch_norm_relu_backward(
-    grad: Tensor,
-    gate: Tensor,
-    x: Tensor | None,
-    statistics: Statistics,
-    weight: Tensor | None,
-    eps: float,
-    training: bool,
-    pool: PoolGeometry | None,
-    with_input: bool,
-    with_residual: bool,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    if pool is None:
-        closed, _ = relu_backward(grad, gate, with_bias=False)
-    else:
-        closed, _ = max_pool2d_backward(grad, gate, pool, with_bias=False)
-    grad_x, sums = aten.batch_norm_backward(closed, x, statistics, weight, eps, training, with_input)
-    return grad_x, sums, closed if with_residual else None
-
-
-def batch_norm_update(
-    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float
-) -> None:
-    aten.batch_norm_update(running_mean, running_var, mean, var, count, momentum)

@@ -12,7 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from fastconv.backends import native
+from fastconv.backends import native_library
+from fastconv.backends.native_library import dense, empty, kernel
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 
@@ -51,19 +52,19 @@ def preferable(g: ConvGeometry, direction: str) -> bool:
 @cache
 def unavailable() -> str | None:
     """Why the kernels cannot run in this process; None where they can."""
-    missing = native.unavailable()
+    missing = native_library.unavailable()
     if missing is not None:
         return missing
-    library = native.library()
+    library = native_library.library()
     if not library.build_info()["amx"]:
         return "the compiled library has no AMX kernels: its compiler does not know AMX"
     return None if library.has_amx() else "this process has no AMX"
 
 
 def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, relu: bool) -> Tensor:
-    output = native._empty(x, g.output_shape)
+    output = empty(x, g.output_shape)
     if residual is not None:
-        residual = native._dense(residual)
+        residual = dense(residual)
     _conv(x, weight, bias, residual, output, None, g.output_shape[2:], g.padding, relu, False)
     return output
 
@@ -72,21 +73,21 @@ def conv2d_relu_max_pool2d(
     x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry
 ) -> tuple[Tensor, Tensor]:
     """Winners are those of the float32 sums, before they are rounded."""
-    output = native._empty(x, pool.output_shape)
-    code = native._empty(x, pool.output_shape, pool.code_dtype)
+    output = empty(x, pool.output_shape)
+    code = empty(x, pool.output_shape, pool.code_dtype)
     _conv(x, weight, bias, None, output, code, g.output_shape[2:], g.padding, True, False)
     return output, code
 
 
 def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
-    input_grad = native._empty(grad, g.input_shape)
+    input_grad = empty(grad, g.input_shape)
     _conv(grad, weight, None, None, input_grad, None, g.input_shape[2:], (2 - g.pad_h, 2 - g.pad_w), False, True)
     return input_grad
 
 
 def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry) -> Tensor:
-    weight_grad = native._empty(grad, g.weight_shape)
-    native._kernel("amx_weight_grad")(native._dense(grad), native._dense(x), weight_grad, g.padding)
+    weight_grad = empty(grad, g.weight_shape)
+    kernel("amx_weight_grad")(dense(grad), dense(x), weight_grad, g.padding)
     return weight_grad
 
 
@@ -102,6 +103,5 @@ def _conv(
     relu: bool,
     turned: bool,
 ) -> None:
-    kernel = native._kernel("amx_conv2d")
     bias = None if bias is None else bias.contiguous()
-    kernel(native._dense(x), native._dense(weight), bias, residual, output, code, size, padding, relu, turned)
+    kernel("amx_conv2d")(dense(x), dense(weight), bias, residual, output, code, size, padding, relu, turned)

@@ -16,6 +16,7 @@ from fastconv.backends.triton_conv import (
     conv2d_input_grad,
     conv2d_input_grad_relu,
     conv2d_relu_max_pool2d,
+    conv2d_relu_weight_grad,
     conv2d_weight_grad,
 )
 from fastconv.backends.triton_launch import is_recording, kernels
@@ -53,6 +54,7 @@ __all__ = [
     "conv2d_input_grad",
     "conv2d_input_grad_relu",
     "conv2d_relu_max_pool2d",
+    "conv2d_relu_weight_grad",
     "conv2d_weight_grad",
     "global_avg_pool2d",
     "global_avg_pool2d_backward",

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastconv import tuning
 from fastconv.backends import triton_depthwise, triton_first, triton_pointer, triton_tma
 from fastconv.backends.triton_launch import chip, nhwc
-from fastconv.backends.triton_pool import max_pool2d, relu_backward
+from fastconv.backends.triton_pool import max_pool2d, max_pool2d_backward, relu_backward
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 from fastconv.tuning import Candidate
@@ -87,6 +87,16 @@ def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy,
     grad, x = nhwc(grad), nhwc(x)
     plan = plan or _plan("conv2d", "weight_grad", g, policy, grad, x)
     return _FAMILIES[plan.kernel].conv2d_weight_grad(grad, x, g, policy, plan)
+
+
+def conv2d_relu_weight_grad(
+    grad: Tensor, gate: Tensor, x: Tensor, g: ConvGeometry, policy: Policy, pool: PoolGeometry | None, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    if pool is None:
+        before, bias = relu_backward(grad, gate, with_bias)
+    else:
+        before, bias = max_pool2d_backward(grad, gate, pool, with_bias)
+    return conv2d_weight_grad(before, x, g, policy), bias
 
 
 def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> tuple[Tensor, Tensor]:

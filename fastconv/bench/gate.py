@@ -9,32 +9,56 @@ the root-mean-square error, the latter catching what a generous maximum would hi
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from fastconv.precision import get_precision
 
 # Unit roundoff of each dtype, and of the float32 (float64) accumulation behind it.
 _UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 _TF32_UNIT = 2.0**-11  # operands rounded (not truncated) to ten bits of mantissa
 
 
-def bounds(dtype: torch.dtype, reduction: int, tf32: bool = False) -> tuple[float, float, float]:
+# Of Winograd's F(4×4, 3×3), against the bounds of a direct sum: 1.0 to 1.6 times the error in the root mean square (2.1 with
+# fewer than 16 channels), but up to 30 times in the worst element, as a tile's corners take the largest coefficients.
+_TRANSFORMED_RMS, _TRANSFORMED_MAXIMUM = 2.5, 8.0
+
+
+def bounds(dtype: torch.dtype, reduction: int, tf32: bool = False, transformed: bool = False) -> tuple[float, float, float]:
     """(relative maximum per element, maximum in units of the expected RMS, RMS error in the same units)."""
     unit = _UNIT[dtype]
     accumulation = max(_UNIT[torch.float64], _UNIT[torch.float32] if dtype != torch.float64 else 0.0)
     summed = accumulation * (2 + math.sqrt(reduction)) + (2 * _TF32_UNIT if tf32 else 0.0)
-    return 2 * unit, 2 * unit + 6 * summed, unit + summed
+    rms, maximum = (_TRANSFORMED_RMS, _TRANSFORMED_MAXIMUM) if transformed else (1.0, 1.0)
+    return 2 * unit, 2 * unit + 6 * maximum * summed, unit + rms * summed
 
 
-def deviation(actual: Tensor, expected: Tensor, reduction: int, tf32: bool = False, scale: float = 0.0) -> str | None:
+def may_transform(device_type: str, kernel_size: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether Winograd's transforms may serve a convolution under the precision in force."""
+    return (device_type, get_precision(), tuple(kernel_size), tuple(stride)) == ("cpu", "fast", (3, 3), (1, 1))
+
+
+def deviation(
+    actual: Tensor,
+    expected: Tensor,
+    reduction: int,
+    tf32: bool = False,
+    scale: float = 0.0,
+    dtype: torch.dtype | None = None,
+    transformed: bool = False,
+) -> str | None:
     """None where `actual` is as near to the float64 `expected` as its dtype allows; else how far off it is.
 
     Args:
         reduction: the number of products summed into an element (taps · channels for a convolution; 1 for a pool).
         tf32: products may round their operands to TF32.
         scale: the least size to measure errors by, where few elements are expected and their terms may cancel.
+        dtype: whose rounding is allowed, where terms were rounded to another one than the result's.
+        transformed: products may be regrouped by Winograd's transforms.
     """
-    dtype = actual.dtype
+    dtype = actual.dtype if dtype is None else dtype
     if actual.shape != expected.shape:
         return f"shape {tuple(actual.shape)} != {tuple(expected.shape)}"
     actual, expected = actual.detach().double(), expected.detach().double()
@@ -49,7 +73,7 @@ def deviation(actual: Tensor, expected: Tensor, reduction: int, tf32: bool = Fal
         return f"{(~actual.isfinite()).sum()} of {actual.numel()} elements are not finite"
     error = (actual - expected).abs()
     scale = max(scale, expected.square().mean().sqrt().item())
-    relative, absolute, rms = bounds(dtype, reduction, tf32)
+    relative, absolute, rms = bounds(dtype, reduction, tf32, transformed)
     excess = error - relative * expected.abs()
     if not excess.max().item() <= absolute * scale:
         return f"maximum error {error.max():.3e} over {relative:.1e} · |expected| + {absolute:.1e} · {scale:.3e} (RMS)"
@@ -57,3 +81,27 @@ def deviation(actual: Tensor, expected: Tensor, reduction: int, tf32: bool = Fal
     if not measured <= rms * scale:
         return f"RMS error {measured:.3e} over {rms:.1e} · {scale:.3e}"
     return None
+
+
+def errors(actual: Tensor, expected: Tensor) -> tuple[float, float]:
+    """(largest, root mean square) error, in units of the float64 `expected`'s root mean square."""
+    error = (actual.detach().double() - expected.detach().double()).abs()
+    size = expected.detach().double().square().mean().sqrt().item() or 1.0
+    return error.max().item() / size, error.square().mean().sqrt().item() / size
+
+
+def net_bounds(dtype: torch.dtype, reductions: Sequence[int], transformed: bool = False) -> tuple[float, float]:
+    """(relative norm allowed to the error of a net's output, of a gradient of its parameters).
+
+    Each layer adds an error of its own to the output: ReLUs and pools do not enlarge one, random weights hardly. An error e
+    of the maps turns the sign of some share e of their elements and the winners of as many windows; each turn takes a
+    term from a gradient or adds one, and those terms are √e of its norm. So this finds gradients that are lost,
+    doubled or mixed up; what kernels compute is told apart by fastconv.bench.audit only.
+
+    Args:
+        dtype: of the maps.
+        reductions: of each layer with weights, the number of products summed into an element.
+        transformed: as in `deviation`, of any layer.
+    """
+    output = sum(bounds(dtype, reduction, transformed=transformed)[2] for reduction in reductions)
+    return output, 2 * math.sqrt(output)

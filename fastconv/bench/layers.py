@@ -1,25 +1,27 @@
-"""A short timing of the recipe net's layers against stock torch: `python -m fastconv.bench.layers`.
+"""A layer and how it is run, checked and timed; a short timing of the recipe net's: `python -m fastconv.bench.layers`.
 
-No figure without a gate: before a layer is timed, its output and gradients are held against float64 on small integers.
-Their sums are exact in float32, so that no sign of a ReLU and no winner of a pool hangs on the order of summation.
+No figure without a gate: before a layer is timed, its output and gradients are held against float64 on random data. Where
+a ReLU's sign or a pool's winner is near a tie, and hangs on the order of summation, the gradient handed in is zero.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastconv import functional, reference
+from fastconv.bench import gate
 from fastconv.bench.timing import compare, ratio, seconds, times
 from fastconv.geometry import PoolGeometry, conv_output_shape
-
-_SLACK = 4.0  # of a rounding of the output, or of torch's own error
+from fastconv.precision import policy
 
 
 @dataclass(frozen=True)
@@ -50,48 +52,96 @@ LAYERS = (
 )
 
 
-def _step(module: object, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
-    """The output and the gradients of weight, bias and, behind a first layer, input."""
+def forward(module: object, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """The layer by fastconv.functional or by fastconv.reference."""
     op: Callable[..., Tensor] = getattr(module, "conv2d_relu_max_pool2d" if layer.pool else "conv2d_relu")
-    output = op(x, weight, bias, layer.stride, layer.kernel // 2)
+    return op(x, weight, bias, layer.stride, layer.kernel // 2)
+
+
+def both(module: object, layer: Layer, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
+    """The output and the gradients of weight, bias and, behind a first layer, input."""
+    output = forward(module, layer, x, weight, bias)
     wanted = [t for t in (weight, bias, x) if t.requires_grad]
     return [output, *torch.autograd.grad(output, wanted, grad)]
 
 
-def _operands(
-    layer: Layer, batch: int, dtype: torch.dtype, device: torch.device, *, integers: bool = False
-) -> tuple[Tensor, ...]:
-    """Input, weight, bias and output gradient, channels_last: normal, or whole numbers from -2 to 2."""
+def operands(
+    layer: Layer, batch: int, dtype: torch.dtype, device: torch.device, layout: torch.memory_format = torch.channels_last
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input, weight, bias and gradient of the output, random."""
 
     def random(*shape: int, scale: float = 1.0) -> Tensor:
-        values = torch.randint(-2, 3, shape, device=device) if integers else torch.randn(shape, device=device) * scale
-        values = values.to(dtype)
-        return values.contiguous(memory_format=torch.channels_last) if values.dim() == 4 else values
+        values = (torch.randn(shape, device=device) * scale).to(dtype)
+        return values.contiguous(memory_format=layout) if values.dim() == 4 else values
 
     fan_in = layer.in_channels * layer.kernel**2
     x = random(batch, layer.in_channels, layer.size, layer.size)
     weight = random(layer.out_channels, layer.in_channels, layer.kernel, layer.kernel, scale=(2 / fan_in) ** 0.5)
     bias = random(layer.out_channels)
-    two, one, zero = (2, 2), (1, 1), (0, 0)
-    stride, padding = (layer.stride, layer.stride), (layer.kernel // 2, layer.kernel // 2)
-    shape = conv_output_shape(x.shape, weight.shape, stride, padding, one)
+    shape = unpooled_shape(layer, batch)
     if layer.pool:
-        shape = PoolGeometry.of("max_pool2d", shape, two, two, zero, one, False).output_shape
-    grad = random(*shape)
-    return x.requires_grad_(layer.in_channels > 3), weight.requires_grad_(), bias.requires_grad_(), grad
+        shape = PoolGeometry.of("max_pool2d", shape, (2, 2), (2, 2), (0, 0), (1, 1), False).output_shape
+    return x.requires_grad_(layer.in_channels > 3), weight.requires_grad_(), bias.requires_grad_(), random(*shape)
 
 
-def _gate(layer: Layer, operands: tuple[Tensor, ...]) -> str | None:
-    """None where every result is within a few roundings of float64's, or of torch's distance from it; else which is not."""
-    exact = _step(reference, layer, *(t.detach().double().requires_grad_(t.requires_grad) for t in operands))
-    names = ("output", "weight gradient", "bias gradient", "input gradient")
-    rows = zip(names, _step(functional, layer, *operands), _step(reference, layer, *operands), exact, strict=False)
-    for name, ours, theirs, wanted in rows:
-        error, allowed = (((t.double() - wanted).norm() / wanted.norm()).item() for t in (ours, theirs))
-        limit = _SLACK * max(allowed, torch.finfo(ours.dtype).eps)
-        if not error <= limit:
-            return f"{name}: relative error {error:.2e}, allowed {limit:.2e}"
-    return None
+def unpooled_shape(layer: Layer, batch: int) -> tuple[int, ...]:
+    x, weight = (batch, layer.in_channels, layer.size, layer.size), (layer.out_channels, layer.in_channels)
+    stride, padding = (layer.stride, layer.stride), (layer.kernel // 2, layer.kernel // 2)
+    return conv_output_shape(x, (*weight, layer.kernel, layer.kernel), stride, padding, (1, 1))
+
+
+def check(module: object, layer: Layer, held: Sequence[Tensor], exact: Sequence[Tensor]) -> tuple[str | None, float, float]:
+    """(what is wrong with `both` of these operands or None, largest error, largest root mean square error of a result).
+
+    Args:
+        held: operands, the gradient without ties.
+        exact: `both_exact` of them.
+    """
+    x, _, _, grad = held
+    actual = both(module, layer, *held)
+    pixels = math.prod(unpooled_shape(layer, x.shape[0])) // layer.out_channels
+    inputs, outputs = layer.in_channels * layer.kernel**2, layer.out_channels * layer.kernel**2
+    rows = zip(_NAMES, actual, exact, (inputs, pixels, pixels, outputs), strict=False)
+    tf32 = policy(x.dtype, x.device.type).tf32
+    largest = rms = 0.0
+    for name, result, wanted, reduction in rows:
+        # Sums over a map may cancel: what counts is the size of as many independent terms' sum.
+        scale = grad.double().square().mean().sqrt().item() * math.sqrt(pixels) if name == "bias gradient" else 0.0
+        reason = gate.deviation(result, wanted, reduction, tf32, scale, transformed=transformed(layer, x))
+        if reason is not None:
+            return f"{name}: {reason}", math.inf, math.inf
+        found = gate.errors(result, wanted)
+        largest, rms = max(largest, found[0]), max(rms, found[1])
+    return None, largest, rms
+
+
+_NAMES = ("output", "weight gradient", "bias gradient", "input gradient")
+
+
+def transformed(layer: Layer, x: Tensor) -> bool:
+    return gate.may_transform(x.device.type, (layer.kernel, layer.kernel), (layer.stride, layer.stride))
+
+
+def both_exact(layer: Layer, *tensors: Tensor) -> list[Tensor]:
+    """`both` in float64, by stock torch."""
+    return both(reference, layer, *(t.detach().double().requires_grad_(t.requires_grad) for t in tensors))
+
+
+def untied(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    """The operands, with a gradient of zero where rounding may turn a ReLU's sign or a pool's winner."""
+    with torch.no_grad():
+        exact = F.conv2d(x.double(), weight.double(), bias.double(), layer.stride, layer.kernel // 2)
+        tf32 = policy(x.dtype, x.device.type).tf32
+        relative, absolute, _ = gate.bounds(x.dtype, layer.in_channels * layer.kernel**2, tf32, transformed(layer, x))
+        rms = exact.square().mean().sqrt()
+        if layer.pool:
+            windows = exact.unfold(2, 2, 2).unfold(3, 2, 2).flatten(4)
+            best, second = windows.topk(2).values.unbind(-1)
+            gap = torch.minimum(best - second, best.abs())
+        else:
+            best, gap = exact, exact.abs()
+        grad = grad.masked_fill(gap < 2 * (relative * best.abs() + absolute * rms), 0)
+    return x, weight, bias, grad
 
 
 def run(device: torch.device, dtype: torch.dtype, batch: int, most_seconds: float) -> list[dict[str, object]]:
@@ -104,16 +154,17 @@ def run(device: torch.device, dtype: torch.dtype, batch: int, most_seconds: floa
     records: list[dict[str, object]] = []
     for layer in LAYERS:
         record: dict[str, object] = {"layer": layer.name, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
-        wrong = _gate(layer, _operands(layer, batch, dtype, device, integers=True))
+        given = operands(layer, batch, dtype, device)
+        held = untied(layer, *given)
+        wrong = check(functional, layer, held, both_exact(layer, *held))[0]
         if wrong is not None:
             records.append({**record, "error": wrong})
             print(f"{layer.name:<28} WRONG: {wrong}")
             continue
-        operands = _operands(layer, batch, dtype, device)
         timings = compare(
             {
-                "fastconv": lambda layer=layer, operands=operands: _step(functional, layer, *operands),  # type: ignore[misc]
-                "torch": lambda layer=layer, operands=operands: _step(reference, layer, *operands),  # type: ignore[misc]
+                "fastconv": lambda layer=layer, given=given: both(functional, layer, *given),  # type: ignore[misc]
+                "torch": lambda layer=layer, given=given: both(reference, layer, *given),  # type: ignore[misc]
             },
             device=device,
             most_seconds=most_seconds,

@@ -91,6 +91,7 @@ def compare(
     rounds: int = 20,
     warmup: int = 3,
     most_seconds: float | None = None,
+    fresh: Callable[[], object] | None = None,
 ) -> dict[str, Timing]:
     """Time several calls against each other, in interleaved rounds.
 
@@ -100,6 +101,7 @@ def compare(
         rounds: timed calls of each.
         warmup: untimed calls of each beforehand (compilation, allocation, caches of algorithms).
         most_seconds: stop after the round in which this much time has passed; at least three rounds are run.
+        fresh: called, untimed, before every round: draws the inputs that all calls of that round get.
 
     Returns:
         name → Timing in seconds a call, all with the same number of paired runs.
@@ -119,6 +121,8 @@ def compare(
     runs: dict[str, list[float]] = {name: [] for name in names}
     start = time.perf_counter()
     for done in range(rounds):
+        if fresh is not None:
+            fresh()
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
             runs[name].append(sampler.sample(calls[name]))

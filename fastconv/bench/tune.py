@@ -16,10 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from fastconv import backends, tuning
-from fastconv.backends import aten
 from fastconv.bench import gate
+from fastconv.bench.audit import winners
 from fastconv.bench.timing import Timing, compare, ratio
 from fastconv.geometry import ConvGeometry, PoolGeometry
+from fastconv.precision import set_precision
 from fastconv.tuning import Call, Candidate, tables
 
 # A winner that leads what is chosen anyway by less than this stays unnoted: the next run might say the reverse.
@@ -78,10 +79,15 @@ def training_step(model: nn.Module, input: Tensor, dtype: torch.dtype) -> None:
 
 
 def observe(step: Callable[[], object]) -> Counter[Call]:
-    """The distinct calls for which `step` has a backend chosen and which can be measured, and how often each comes."""
-    with backends.use_backend("auto"), tuning.observing() as calls:
+    """The distinct calls for which `step` has a backend chosen and which can be measured, and how often each comes.
+
+    Under 'fast', whose entries serve 'ieee' too; what `step` itself runs under 'ieee' is left out.
+    """
+    with backends.use_backend("auto"), set_precision("fast"), tuning.observing() as calls:
         step()
-    return Counter({call: count for call, count in calls.items() if (call.op, call.direction) in _PROBLEMS})
+    return Counter(
+        {call: count for call, count in calls.items() if (call.op, call.direction) in _PROBLEMS and not call.policy.direct}
+    )
 
 
 def tune(
@@ -113,6 +119,11 @@ def tune(
 
 def measure(call: Call, device: torch.device, most_seconds: float, rounds: int = 20) -> Measurement:
     """Verify the candidates for a call, and time those that are right where there is a choice."""
+    with set_precision("fast"):
+        return _measure(call, device, most_seconds, rounds)
+
+
+def _measure(call: Call, device: torch.device, most_seconds: float, rounds: int) -> Measurement:
     problem = _PROBLEMS[call.op, call.direction](call, device)
     right, rejected = _gated(call, problem)
     if len(right) < 2:
@@ -179,12 +190,19 @@ def _verify(*reductions: int, call: Call) -> Callable[[Results, Results, Results
 
     def verify(results: Results, exact: Results, operands: Results) -> str | None:
         reasons = (
-            gate.deviation(result, wanted, reduction, call.policy.tf32)
+            gate.deviation(result, wanted, reduction, call.policy.tf32, transformed=_transformed(call))
             for result, wanted, reduction in zip(results, exact, reductions, strict=True)
         )
         return next((reason for reason in reasons if reason is not None), None)
 
     return verify
+
+
+def _transformed(call: Call) -> bool:
+    g = call.geometry
+    if not isinstance(g, ConvGeometry) or not tuning.is_cpu(call.chip):
+        return False
+    return gate.may_transform("cpu", (g.kernel_height, g.kernel_width), g.stride)
 
 
 def _conv_arguments(g: ConvGeometry) -> tuple[object, ...]:
@@ -231,20 +249,10 @@ def _verify_winners(
 
     def verify(results: Results, exact: Results, operands: Results) -> str | None:
         (output, code), maxima = results, exact[0]
-        wrong = gate.deviation(output, maxima, reduction, call.policy.tf32)
+        wrong = gate.deviation(output, maxima, reduction, call.policy.tf32, transformed=_transformed(call))
         if wrong is not None:
             return wrong
-        if code.max() > pool.positions:
-            return f"a winner's code is {code.max()}, of {pool.positions} positions"
-        indices = aten.code_to_indices(code, pool)
-        if indices.min() < 0 or indices.max() >= pool.height * pool.width:  # which gather must not see on a GPU
-            return "winners: a code names an element outside of the map"
-        named = unpooled(operands).flatten(2).gather(2, indices.flatten(2)).view(maxima.shape)
-        if relu:
-            named = named.masked_fill(code == 0, 0)
-        named = torch.where(maxima.isfinite(), named, maxima)  # a window outside the map has no winner
-        wrong = gate.deviation(named.to(output.dtype), maxima, reduction, call.policy.tf32)
-        return None if wrong is None else f"winners: {wrong}"
+        return winners(output, code, maxima, unpooled(operands), pool, relu, reduction, call.policy.tf32, _transformed(call))
 
     return verify
 

@@ -13,7 +13,7 @@ import fastconv
 from fastconv import backends
 from fastconv.backends import native, native_amx
 from fastconv.geometry import ConvGeometry
-from fastconv.precision import Policy
+from fastconv.precision import Policy, get_precision
 from fastconv.tuning import tables
 
 _OPTIONAL = {"scikit-learn": "fastconv train", "matplotlib": "fastconv train", "tqdm": "fastconv train"}
@@ -86,7 +86,7 @@ def _native() -> list[tuple[str, str]]:
 def _backends() -> list[tuple[str, str]]:
     """For each backend and kind of device: whether it serves an ordinary convolution, or the reason why not."""
     geometry = ConvGeometry.of("conv2d_relu", (8, 64, 16, 16), (64, 64, 3, 3), (64,), (1, 1), (1, 1), (1, 1), 1)
-    found = [("backend asked for", backends.requested())]
+    found = [("backend asked for", backends.requested()), ("precision", get_precision())]
     for name in backends.NAMES:
         for device_type in ("cpu", "cuda"):
             if device_type == "cuda" and not torch.cuda.is_available():

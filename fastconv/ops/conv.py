@@ -233,6 +233,100 @@ def conv2d_backward_relu(
     return dense(masked, layout), grad_weight, absent(grad) if bias is None else bias
 
 
+@operator(
+    "conv2d_relu_weight_grad(Tensor grad, Tensor output, Tensor input, SymInt[] weight_shape, bool weight_channels_last, "
+    f"bool with_bias, {_CONV}, str backend) -> (Tensor, Tensor)"
+)
+def conv2d_relu_weight_grad(
+    grad: Tensor,
+    output: Tensor,
+    input: Tensor,
+    weight_shape: Sequence[int],
+    weight_channels_last: bool,
+    with_bias: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    backend: str,
+    *,
+    fake: bool,
+) -> tuple[Tensor, Tensor]:
+    """(weight gradient, with `with_bias` the bias gradient, else empty) of conv2d_relu, whose input needs none.
+
+    The weight gradient lies as the weight does (weight_channels_last).
+    """
+    g = ConvGeometry.of("conv2d_relu_weight_grad", input.shape, weight_shape, None, stride, padding, dilation, groups)
+    return _weight_grad(grad, output, input, g, weight_channels_last, with_bias, None, backend, fake)
+
+
+@operator(
+    "conv2d_relu_max_pool2d_weight_grad(Tensor grad, Tensor code, Tensor input, SymInt[] weight_shape, "
+    f"bool weight_channels_last, bool with_bias, {_CONV}, int[2] pool_kernel_size, int[2] pool_stride, "
+    "int[2] pool_padding, int[2] pool_dilation, bool pool_ceil_mode, str backend) -> (Tensor, Tensor)"
+)
+def conv2d_relu_max_pool2d_weight_grad(
+    grad: Tensor,
+    code: Tensor,
+    input: Tensor,
+    weight_shape: Sequence[int],
+    weight_channels_last: bool,
+    with_bias: bool,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    pool_kernel_size: Sequence[int],
+    pool_stride: Sequence[int],
+    pool_padding: Sequence[int],
+    pool_dilation: Sequence[int],
+    pool_ceil_mode: bool,
+    backend: str,
+    *,
+    fake: bool,
+) -> tuple[Tensor, Tensor]:
+    """conv2d_relu_weight_grad of conv2d_relu_max_pool2d."""
+    op = "conv2d_relu_max_pool2d_weight_grad"
+    g = ConvGeometry.of(op, input.shape, weight_shape, None, stride, padding, dilation, groups)
+    window = (pool_kernel_size, pool_stride, pool_padding, pool_dilation)
+    pool = PoolGeometry.of(op, g.output_shape, *window, pool_ceil_mode, "pool_")
+    return _weight_grad(grad, code, input, g, weight_channels_last, with_bias, pool, backend, fake)
+
+
+def _weight_grad(
+    grad: Tensor,
+    gate: Tensor,
+    input: Tensor,
+    g: ConvGeometry,
+    weight_channels_last: bool,
+    with_bias: bool,
+    pool: PoolGeometry | None,
+    backend: str,
+    fake: bool,
+) -> tuple[Tensor, Tensor]:
+    weight_layout = torch.channels_last if weight_channels_last else torch.contiguous_format
+    if fake:
+        weight = grad.new_empty(g.weight_shape).to(memory_format=weight_layout)
+        return weight, optional_bias(grad, g.out_channels, with_bias)
+    arithmetic = policy(grad.dtype, grad.device.type)
+    layout = geometry.memory_format(grad, gate)
+    for_weight = launchers_for(backend, "conv2d", "weight_grad", g, grad, geometry.memory_format(grad, gate, input))
+    if pool is None:
+        pixels = geometry.single_elements("relu_backward", grad.shape)
+        undoing = launchers_for(backend, "relu", "backward", pixels, grad, layout)
+    else:
+        undoing = launchers_for(backend, "max_pool2d", "backward", pool, grad, layout)
+    if undoing is for_weight:
+        weight, bias = for_weight.conv2d_relu_weight_grad(grad, gate, input, g, arithmetic, pool, with_bias)
+    else:
+        if pool is None:
+            before, bias = undoing.relu_backward(grad, gate, with_bias)
+        else:
+            before, bias = undoing.max_pool2d_backward(grad, gate, pool, with_bias)
+        weight = for_weight.conv2d_weight_grad(dense(before, layout), input, g, arithmetic)
+    return dense(weight, weight_layout), absent(grad) if bias is None else bias
+
+
 @operator("bias_grad(Tensor grad, str backend) -> Tensor")
 def bias_grad(grad: Tensor, backend: str, *, fake: bool) -> Tensor:
     if fake:

@@ -59,6 +59,20 @@ def _backward_relu(
     return (1 + with_weight) * ConvGeometry.of("conv2d_backward_relu", input, weight, None, *conv[:4]).flops()
 
 
+def _relu_weight_grad(
+    grad: Shape,
+    gate: Shape,
+    input: Shape,
+    weight_shape: Shape,
+    weight_channels_last: bool,
+    with_bias: bool,
+    *conv: Any,
+    out_shape: Any = None,
+    **_: Any,
+) -> int:
+    return ConvGeometry.of("conv2d_relu_weight_grad", input, weight_shape, None, *conv[:4]).flops()
+
+
 def _register() -> None:
     """A formula gets its operator's arguments, with shapes in the place of tensors."""
     ops, register = torch.ops.fastconv, sys.modules[_COUNTER].register_flop_formula
@@ -66,6 +80,7 @@ def _register() -> None:
     register([ops.conv2d_relu])(_forward_with_residual)
     register([ops.conv2d_backward])(_backward)
     register([ops.conv2d_backward_relu])(_backward_relu)
+    register([ops.conv2d_relu_weight_grad, ops.conv2d_relu_max_pool2d_weight_grad])(_relu_weight_grad)
 
 
 class _AfterImport(MetaPathFinder):

@@ -83,14 +83,14 @@ def _choose(call: Call) -> Choice:
     if entry is not None:
         medians = entry.medians()
         # Times of other sizes order only what they were measured to be best.
-        measured = [c for c in medians if c in allowed] if entry.call == call else [entry.candidate]
+        measured = [c for c in medians if c in allowed] if entry.call == tables.as_measured(call) else [entry.candidate]
         rest = [candidate for candidate in _modelled(call, allowed).order if candidate not in measured]
         return Choice((*measured, *rest), _measured_reason(call, entry, medians))
     return _modelled(call, allowed)
 
 
 def _measured_reason(call: Call, entry: tables.Entry, medians: dict[Candidate, float]) -> str:
-    where = "table: measured" if entry.call == call else f"nearest in table, {entry.call}: measured"
+    where = "table: measured" if entry.call == tables.as_measured(call) else f"nearest in table, {entry.call}: measured"
     aten = next((seconds for candidate, seconds in medians.items() if candidate.backend == "aten"), None)
     against = "" if aten is None or entry.candidate.backend == "aten" else f", {aten / entry.seconds:.2f}× aten"
     return f"{where} {entry.candidate} {_microseconds(entry.seconds)}{against}, on {call.chip}"

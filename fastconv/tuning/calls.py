@@ -51,7 +51,7 @@ class Call(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.op} {self.direction} {_sizes(self.geometry)}, {str(self.policy.dtype).removeprefix('torch.')}" + (
-            " (TF32)" if self.policy.tf32 else ""
+            " (TF32)" if self.policy.tf32 else " (direct)" if self.policy.direct else ""
         )
 
 

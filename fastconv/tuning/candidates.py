@@ -10,7 +10,7 @@ import torch
 
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
-from fastconv.tuning import depthwise, first, grouped, pointer, tma
+from fastconv.tuning import cpu, depthwise, first, grouped, pointer, tma
 from fastconv.tuning.sides import shared_bytes, shared_memory
 
 
@@ -31,6 +31,7 @@ class Candidate(NamedTuple):
         return " ".join([self.backend, *([self.kernel] if self.kernel else []), *(f"{k}={v}" for k, v in self.config)])
 
 
+_CONVOLUTIONS = ("conv2d", "conv2d_relu", "conv2d_relu_max_pool2d")
 ATEN, NATIVE, TRITON = Candidate("aten"), Candidate("native"), Candidate("triton")
 
 
@@ -57,7 +58,10 @@ def candidates(
     a CPU: torch normalises as the map lies, and only the pool behind it, for which aten has codes to compute, is NHWC.
     """
     if is_cpu(chip):
-        return (NATIVE, ATEN) if channels_last or op == "batch_norm_relu_max_pool2d" else (ATEN, NATIVE)
+        native: tuple[Candidate, ...] = (NATIVE,)
+        if isinstance(g, ConvGeometry) and op in _CONVOLUTIONS and direction != "bias_grad":
+            native = tuple(Candidate("native", algorithm) for algorithm in cpu.algorithms(direction, g, policy))
+        return (*native, ATEN) if channels_last or op == "batch_norm_relu_max_pool2d" else (ATEN, *native)
     ours: tuple[Candidate, ...] = (TRITON,)
     if isinstance(g, ConvGeometry):
         ours = () if policy.dtype == torch.float64 else triton_candidates(op, direction, g, policy, chip)

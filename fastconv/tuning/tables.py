@@ -7,6 +7,9 @@
 
 A user's tables lie in the platform's cache directory, those that come with fastconv beside this file; a user's entry goes
 before a shipped one. A file that is corrupt, of another chip or of a newer format is reported once and ignored.
+
+A candidate runs the same kernel whatever the precision, which only says which candidates are allowed. So entries are
+measured under 'fast', which allows all of them, and a direct call gets the fastest of its own from the same entry.
 """
 
 from __future__ import annotations
@@ -106,16 +109,33 @@ class Table:
     def lookup(self, call: Call, allowed: Sequence[Candidate]) -> Entry | None:
         """The entry of exactly this call, else the nearest in its bucket, whose candidate is still one of `allowed`.
 
-        A bucket holds calls that differ in batch and map only, up to twice or half as many pixels.
+        A bucket holds calls that differ in batch and map only, up to twice or half as many pixels. For a direct call the
+        winner is the fastest of the candidates measured that it allows.
         """
-        exact = self._exact.get(call)
-        if exact is not None and exact.candidate in allowed:
+        direct = call.policy.direct
+        call = as_measured(call)
+        exact = _narrowed(self._exact.get(call), allowed, direct)
+        if exact is not None:
             return exact
         near = [(_distance(entry.call, call), i, entry) for i, entry in enumerate(self._alike.get(_shared_key(call), ()))]
         for distance, _, entry in sorted(near, key=lambda item: item[:2]):
-            if distance <= _BUCKET and entry.candidate in allowed:
-                return entry
+            found = _narrowed(entry, allowed, direct) if distance <= _BUCKET else None
+            if found is not None:
+                return found
         return None
+
+
+def as_measured(call: Call) -> Call:
+    """The call whose entry serves `call`: itself under 'fast'."""
+    return call._replace(policy=call.policy._replace(direct=False)) if call.policy.direct else call
+
+
+def _narrowed(entry: Entry | None, allowed: Sequence[Candidate], direct: bool) -> Entry | None:
+    """`entry` if its winner is allowed; for a direct call that of those measured which are, if any."""
+    if entry is None or entry.candidate in allowed:
+        return entry
+    medians = [(c, seconds) for c, seconds in entry.medians().items() if direct and c in allowed]
+    return Entry(entry.call, *medians[0], tuple(medians[1:])) if medians else None
 
 
 def _shared_key(call: Call) -> tuple[object, ...]:
@@ -174,7 +194,12 @@ def write(path: Path, chip: str, entries: Iterable[Entry]) -> None:
     Raises:
         TableError: what lies there is no table for `chip`, and would be lost.
         OSError: the file cannot be written.
+        ValueError: an entry's call is direct: it would take the place of one with more candidates.
     """
+    entries = tuple(entries)
+    direct = next((entry.call for entry in entries if entry.call.policy.direct), None)
+    if direct is not None:
+        raise ValueError(f"entries must have been measured under set_precision('fast'), got one of {direct}")
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
         merged = {entry.call: entry for entry in (read(path, chip) if path.is_file() else ())}

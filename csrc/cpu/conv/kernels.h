@@ -1,6 +1,7 @@
-// The kernels of each instruction set, and the choice among them.
+// The kernels of each instruction set.
 #pragma once
 
+#include "first.h"
 #include "winograd.h"
 
 namespace fastconv {
@@ -8,6 +9,7 @@ namespace fastconv {
 template <class T>
 struct Kernels {
   WinogradKernels<T> winograd;
+  FirstKernels<T> first;
 };
 
 struct KernelsOfAllTypes {

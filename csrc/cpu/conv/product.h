@@ -25,24 +25,34 @@ struct Strided {
   int64_t row, step;  // strides of M and of K
 };
 
+// K in `count` parts of `k` steps each, which lie so many floats apart in A and in B.
+struct Parts {
+  int64_t count, a, b;
+};
+
 template <int rows>
-FASTCONV_INLINE void product_rows(Strided a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t k, bool add) {
+FASTCONV_INLINE void product_rows(
+    Strided a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t k, bool add, Parts parts = {1, 0, 0}) {
   V left[rows], right[rows];
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i) {
     left[i] = add ? load(c + i * c_stride) : V{};
     right[i] = add ? load(c + i * c_stride + kWidth) : V{};
   }
-  for (int64_t step = 0; step < k; ++step) {
-    const V b_left = load(b), b_right = load(b + kWidth);
+  for (int64_t part = 0; part < parts.count; ++part) {
+    const float* a_step = a.data + part * parts.a;
+    const float* b_step = b + part * parts.b;
+    for (int64_t step = 0; step < k; ++step) {
+      const V b_left = load(b_step), b_right = load(b_step + kWidth);
 #pragma GCC unroll 12
-    for (int i = 0; i < rows; ++i) {
-      const V spread = splat(a.data[i * a.row]);
-      left[i] = fma(spread, b_left, left[i]);
-      right[i] = fma(spread, b_right, right[i]);
+      for (int i = 0; i < rows; ++i) {
+        const V spread = splat(a_step[i * a.row]);
+        left[i] = fma(spread, b_left, left[i]);
+        right[i] = fma(spread, b_right, right[i]);
+      }
+      a_step += a.step;
+      b_step += b_stride;
     }
-    a.data += a.step;
-    b += b_stride;
   }
 #pragma GCC unroll 12
   for (int i = 0; i < rows; ++i) {
@@ -67,6 +77,28 @@ inline void product(Strided a, const float* b, int64_t b_stride, float* c, int64
   if (m >= 4) rows(std::integral_constant<int, 4>{});
   if (m >= 2) rows(std::integral_constant<int, 2>{});
   if (m >= 1) rows(std::integral_constant<int, 1>{});
+}
+
+template <int... counts>
+FASTCONV_INLINE void product_of_rows(
+    int64_t rows, const Strided& a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t k, bool add,
+    const Parts& parts, std::integer_sequence<int, counts...>) {
+  ((rows == counts + 1 ? product_rows<counts + 1>(a, b, b_stride, c, c_stride, k, add, parts) : void()), ...);
+}
+
+// The product with K in parts, which the sums stay in registers for. Its rows are few: they are grouped as evenly as can be.
+// Structures come by reference: copies on the stack are read wider than they were just written, which waits for all stores.
+inline void product_in_parts(
+    const Strided& a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t m, int64_t k, bool add,
+    const Parts& parts) {
+  Strided rest{a.data, a.row, a.step};
+  for (int64_t groups = (m + kRows - 1) / kRows; groups > 0; --groups) {
+    const int64_t rows = (m + groups - 1) / groups;
+    product_of_rows(rows, rest, b, b_stride, c, c_stride, k, add, parts, std::make_integer_sequence<int, kRows>{});
+    rest.data += rows * rest.row;
+    c += rows * c_stride;
+    m -= rows;
+  }
 }
 
 }  // namespace fastconv::FASTCONV_ISA

@@ -1,7 +1,7 @@
 // What a Winograd pass works on, for the kernels of every instruction set and for the code that shares the work out.
 #pragma once
 
-#include "../scalar.h"
+#include "output.h"
 
 #include <cstdint>
 
@@ -28,14 +28,7 @@ struct WinogradFilter {
 };
 
 template <class T>
-struct WinogradOutput {
-  T* y;
-  uint8_t* code;       // of the pool's winners, or null where there is no 2×2 pool
-  const T* bias;       // or null
-  const T* residual;   // or null
-  bool relu;
-  int64_t pooled_height, pooled_width;
-};
+using WinogradOutput = ConvOutput<T>;
 
 // A pass over tiles: what every unit of it reads and writes.
 template <class T>

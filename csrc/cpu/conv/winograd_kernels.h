@@ -1,7 +1,7 @@
 // Winograd's passes over tiles: transforms of filter, input and gradient, their products, and what becomes of these.
 #pragma once
 
-#include "pool_window.h"
+#include "epilogue.h"
 #include "product.h"
 #include "winograd.h"
 #include "winograd_direct.h"
@@ -90,8 +90,17 @@ void transform_input(const WinogradSizes& s, const T* x, Tiles tiles, int64_t c0
   for (int64_t t = 0; t < tiles.count; ++t) {
     const Corner at = corner(s, tiles.first + t);
     const T* const image = x + at.image * s.height * s.width * s.channels;
+    const bool ahead = at.row > 0 && at.row + kReach < s.height && at.column + kTile + kReach < s.width;
     for (int64_t c = c0; c < end; c += kWidth) {
       V points[kPoints] = {};
+      if (ahead) {
+        const T* const next = image + ((at.row - s.pad_h) * s.width + at.column + kReach - s.pad_w) * s.channels + c;
+#pragma GCC unroll 6
+        for (int i = 0; i < kReach; ++i) {
+#pragma GCC unroll 4
+          for (int j = 0; j < kTile; ++j) __builtin_prefetch(next + (i * s.width + j) * s.channels);
+        }
+      }
       if (c < c1) {
         const int64_t count = least(kWidth, c1 - c);
         V square[kPoints];

@@ -1,4 +1,4 @@
-// The epilogue's max-pool of 2×2 windows.
+// What becomes of a convolution's sums, whatever algorithm they come from.
 #pragma once
 
 #include "vec.h"

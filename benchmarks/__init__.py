@@ -1,0 +1,1 @@
+"""What is measured: cases, and the programs that measure them. The package never imports this."""

@@ -1,0 +1,160 @@
+// How a first layer's convolution is cut into units of work: strips of an image's rows.
+#include "../operators.h"
+#include "../parallel.h"
+#include "../tensors.h"
+#include "dispatch.h"
+
+#include <cstdlib>
+
+namespace fastconv {
+
+namespace {
+
+int64_t env(const char* n, int64_t d) { const char* v = std::getenv(n); return v ? std::atoll(v) : d; }
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+struct Strips {
+  FirstSizes sizes;
+  int64_t rows, of_image;
+
+  // Of an even number of rows, which a pool needs.
+  static Strips of(const FirstSizes& s, int64_t most_rows) {
+    const int64_t most = std::max<int64_t>(2, most_rows);
+    const int64_t rows = (ceil_div(s.out_height, ceil_div(s.out_height, most)) + 1) / 2 * 2;
+    return {s, std::min(rows, s.out_height), ceil_div(s.out_height, rows)};
+  }
+  int64_t count() const { return sizes.batch * of_image; }
+  Strip at(int64_t index) const {
+    const int64_t row = index % of_image * rows;
+    return {index / of_image, row, std::min(rows, sizes.out_height - row)};
+  }
+};
+
+// [panels, taps, panel] of weights [K, taps], zeros for channels that are none. Returns whether all are finite.
+template <class T>
+bool pack(const T* weight, const FirstSizes& s, int64_t panels, int64_t panel, float* packed) {
+  constexpr uint32_t kExponent = 0x7f800000u;
+  bool finite = true;
+  std::fill_n(packed + (panels - 1) * s.taps() * panel, s.taps() * panel, 0.0f);
+  for (int64_t k = 0; k < s.out_channels; ++k) {
+    float* const to = packed + k / panel * s.taps() * panel + k % panel;
+    for (int64_t t = 0; t < s.taps(); ++t) {
+      const float value = load(weight[k * s.taps() + t]);
+      finite &= (bits_of(value) & kExponent) != kExponent;
+      to[t * panel] = value;
+    }
+  }
+  return finite;
+}
+
+template <class T>
+void conv(FirstPass<T> pass, const T* weight) {
+  const FirstKernels<T>& k = kernels<T>().first;
+  const FirstSizes& s = pass.sizes;
+  const Scratch filter(k.panels(s) * s.taps() * k.panel);
+  pass.filter = filter.at(0);
+  pass.finite = pack(weight, s, k.panels(s), k.panel, filter.at(0));
+  const Strips strips = Strips::of(s, env("FC_FROWS", 4));
+  const int64_t size = ceil_div(k.forward_memory(s, strips.rows), 16) * 16;
+  const Workers workers(strips.count());
+  const Scratch memory(workers.count() * size);
+  workers.run([&](int64_t unit, int64_t worker) { k.forward(pass, strips.at(unit), memory.at(worker * size)); });
+}
+
+// Each run sums its strips into a set of its own. The number of runs depends on sizes only.
+template <class T>
+void weight_grad(const FirstWeightGrad<T>& pass) {
+  constexpr int64_t kSums = int64_t{1} << 20, kLeastRuns = 8, kMostRuns = 64;
+  const int64_t kBlock = env("FC_FBLOCK", 128), kPixels = env("FC_FPIX", 192);
+  const FirstKernels<T>& k = kernels<T>().first;
+  const FirstSizes& s = pass.sizes;
+  const Strips strips = Strips::of(s, kPixels / std::min(kBlock, s.out_width));
+  const int64_t set = k.panels(s) * (s.taps() + 1) * k.panel + 16;
+  const int64_t runs = std::min(strips.count(), std::clamp(kSums / set, kLeastRuns, kMostRuns));
+  const Scratch sums(runs * set);
+  const int64_t size = ceil_div(k.grad_memory(s, strips.rows, std::min(kBlock, s.out_width)), 16) * 16;
+  const Workers workers(runs);
+  const Scratch memory(workers.count() * size);
+  workers.run([&](int64_t run, int64_t worker) {
+    std::fill_n(sums.at(run * set), set, 0.0f);
+    for (int64_t strip = strips.count() * run / runs; strip < strips.count() * (run + 1) / runs; ++strip) {
+      k.weight_grad(pass, strips.at(strip), kBlock, sums.at(run * set), memory.at(worker * size));
+    }
+  });
+  constexpr int64_t kTaps = 32;
+  const int64_t parts = ceil_div(s.taps() + 1, kTaps);
+  Workers(k.panels(s) * parts).run([&](int64_t unit, int64_t) {
+    const int64_t t0 = unit % parts * kTaps;
+    k.finish(pass, unit / parts, t0, std::min(s.taps() + 1, t0 + kTaps), sums.at(0), runs, set);
+  });
+}
+
+FirstSizes sizes_of(
+    const Map& x, const Map& filter, const Map& to, bool pooled, const Pair& size, const Pair& stride, const Pair& padding) {
+  const FirstSizes s{x.batch,       x.height,     x.width,   x.channels, size[0],    size[1],   filter.batch,
+                     filter.height, filter.width, stride[0], stride[1],  padding[0], padding[1]};
+  STD_TORCH_CHECK(
+      filter.channels == x.channels && to.batch == x.batch && to.channels == filter.batch,
+      "fastconv_native: weight must be [K, C, KH, KW] of the channels of x and output");
+  const auto fits = [](int64_t out, int64_t kernel, int64_t step, int64_t pad, int64_t map) {
+    return out > 0 && step > 0 && pad >= 0 && (out - 1) * step + kernel <= map + 2 * pad;
+  };
+  STD_TORCH_CHECK(
+      fits(s.out_height, s.kernel_h, s.stride_h, s.pad_h, x.height) && fits(s.out_width, s.kernel_w, s.stride_w, s.pad_w, x.width),
+      "fastconv_native: size must be that of the convolution's output");
+  const auto holds = [=](int64_t out, int64_t there) { return pooled ? 2 * there <= out + 1 : there == out; };
+  STD_TORCH_CHECK(
+      holds(s.out_height, to.height) && holds(s.out_width, to.width), "fastconv_native: output has a wrong size");
+  if (!pooled) return s;
+  FirstSizes seen = s;
+  seen.out_height = std::min(s.out_height, 2 * to.height);
+  seen.out_width = std::min(s.out_width, 2 * to.width);
+  return seen;
+}
+
+}  // namespace
+
+void first_conv2d(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
+    const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& stride, const Pair& padding,
+    bool relu) {
+  const Map from = map_of(x, "x"), filter = map_of(weight, "weight"), to = map_of(output, "output");
+  const auto dtype = x.scalar_type();
+  check_same(weight, "weight", filter, dtype);
+  check_same(output, "output", to, dtype);
+  check_bias(bias, to, dtype);
+  if (code) check_same(*code, "code", to, ScalarType::Byte);
+  if (residual) check_same(*residual, "residual", to, dtype);
+  STD_TORCH_CHECK(!(code && residual), "fastconv_native: a pool takes no residual");
+  const FirstSizes sizes = sizes_of(from, filter, to, code.has_value(), size, stride, padding);
+  by_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    const ConvOutput<T> out{
+        write<T>(output), code ? write<uint8_t>(*code) : nullptr, bias ? read<T>(*bias) : nullptr,
+        residual ? read<T>(*residual) : nullptr, relu, to.height, to.width};
+    conv(FirstPass<T>{sizes, read<T>(x), nullptr, true, out}, read<T>(weight));
+  });
+}
+
+void first_weight_grad(
+    const Tensor& grad, const std::optional<Tensor>& gate, const Tensor& x, const Tensor& weight_grad,
+    const std::optional<Tensor>& bias_grad, const Pair& size, const Pair& stride, const Pair& padding) {
+  const Map to = map_of(grad, "grad"), from = map_of(x, "x"), filter = map_of(weight_grad, "weight_grad");
+  const auto dtype = grad.scalar_type();
+  const bool pooled = gate && gate->scalar_type() == ScalarType::Byte;
+  check_same(x, "x", from, dtype);
+  check_same(weight_grad, "weight_grad", filter, dtype);
+  check_bias(bias_grad, to, dtype);
+  if (gate) check_same(*gate, "gate", to, pooled ? ScalarType::Byte : dtype);
+  const FirstSizes sizes = sizes_of(from, filter, to, pooled, size, stride, padding);
+  by_dtype(dtype, [&](auto type) {
+    using T = typename decltype(type)::type;
+    fastconv::weight_grad(FirstWeightGrad<T>{
+        sizes, read<T>(x), read<T>(grad), gate && !pooled ? read<T>(*gate) : nullptr,
+        pooled ? read<uint8_t>(*gate) : nullptr, write<T>(weight_grad), bias_grad ? write<T>(*bias_grad) : nullptr, to.height,
+        to.width});
+  });
+}
+
+}  // namespace fastconv

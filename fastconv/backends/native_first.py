@@ -1,0 +1,52 @@
+"""First layers on a CPU: direct sums, and gradients straight from a ReLU's output or from the code of a pool."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastconv.backends.native_library import dense, empty, kernel
+from fastconv.geometry import ConvGeometry, PoolGeometry
+
+
+def pools(pool: PoolGeometry) -> bool:
+    """Whether the kernels fuse `pool`: 2×2 with stride 2, windows of ceil_mode that hang over included."""
+    return (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == ((2, 2), (2, 2), (0, 0), (1, 1))
+
+
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, relu: bool) -> Tensor:
+    output = empty(x, g.output_shape)
+    _forward(x, weight, bias, residual, output, None, g, relu)
+    return output
+
+
+def conv2d_relu_max_pool2d(
+    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry
+) -> tuple[Tensor, Tensor]:
+    output, code = empty(x, pool.output_shape), empty(x, pool.output_shape, pool.code_dtype)
+    _forward(x, weight, bias, None, output, code, g, relu=True)
+    return output, code
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    output: Tensor,
+    code: Tensor | None,
+    g: ConvGeometry,
+    relu: bool,
+) -> None:
+    size = (g.out_height, g.out_width)
+    kernel("first_conv2d")(dense(x), dense(weight), bias, residual, output, code, size, g.stride, g.padding, relu)
+
+
+def weight_grad(
+    grad: Tensor, gate: Tensor | None, x: Tensor, g: ConvGeometry, with_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """conv2d_relu_weight_grad; without a gate, of a convolution without ReLU."""
+    output, bias = empty(grad, g.weight_shape), grad.new_empty(g.out_channels) if with_bias else None
+    gate = None if gate is None else dense(gate)
+    size = (g.out_height, g.out_width)
+    kernel("first_weight_grad")(dense(grad), gate, dense(x), output, bias, size, g.stride, g.padding)
+    return output, bias
