@@ -20,7 +20,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from fastconv.backends import aten, native, native_amx, native_conv
+from fastconv.backends import aten, native_amx, native_conv
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 
@@ -150,7 +150,7 @@ class Emulated:
 @pytest.fixture
 def emulated(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     stand_in = Emulated(compiled)
-    monkeypatch.setattr(native, "_kernel", stand_in)
+    monkeypatch.setattr(native_amx, "kernel", stand_in)
     yield stand_in
 
 

@@ -134,7 +134,7 @@ inline void copy_band(const Pass& pass, int64_t image, int64_t row, int64_t rows
 inline void write_strip(
     const Pass& pass, const Outputs& outputs, int64_t image, int64_t row, int64_t rows, int64_t pitch, const float* sums) {
   const WinogradSizes& s = pass.sizes;
-  const WinogradOutput<BFloat16>& out = pass.output;
+  const ConvOutput<BFloat16>& out = pass.output;
   if (out.code == nullptr) {
     for (int64_t i = 0; i < rows; ++i) {
       const int64_t pixel = (image * s.out_height + row + i) * s.out_width;

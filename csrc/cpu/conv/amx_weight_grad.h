@@ -57,7 +57,7 @@ FASTCONV_INLINE void store_pair(const BFloat16* a, const BFloat16* b, int64_t co
   store_row(to + half, high);
 }
 
-// A gradient's rows of a block of 32 pixels, 32 channels.
+// Sums of a block, rounded; rows of the weight gradient are `row` elements apart.
 FASTCONV_INLINE void round_gradient(const float* sums, int64_t stride, int64_t rows, int64_t columns, BFloat16* to, int64_t row) {
   for (int64_t k = 0; k < rows; ++k) {
     for (int64_t c = 0; c < columns; c += kWidth) {
