@@ -12,11 +12,13 @@ import pytest
 import torch
 from test_amx import BUILD, COMPILER, CONV, EMULATED, ROOT, random
 
-from fastconv.backends import native, native_amx
+from fastconv.backends import native
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
+from fastconv.tuning import cpu
 
 needs_compiler = pytest.mark.skipif(COMPILER is None or platform.machine() != "x86_64", reason="needs a compiler for x86-64")
+BFLOAT16 = Policy(torch.bfloat16)
 needs_library = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
 
@@ -69,22 +71,28 @@ def test_compiles_without_amx() -> None:
     subprocess.run([str(COMPILER), *flags, f"{CONV}/amx.cpp", f"{CONV}/amx_kernels.cpp"], check=True)
 
 
-@needs_library
-def test_serves() -> None:
-    def reason(
-        weight: tuple[int, ...], dtype: torch.dtype = torch.bfloat16, stride: int = 1, padding: int = 1
-    ) -> str | None:
-        g = ConvGeometry.of(
-            "test", (2, 32, 14, 14), weight, None, (stride, stride), (padding, padding), (1, 1), 32 // weight[1]
-        )
-        return native_amx.serves(g, Policy(dtype), "forward")
+def test_when_they_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(
+        size: int, channels: int = 32, stride: int = 1, groups: int = 1, kernel: int = 3, padding: int = 1
+    ) -> ConvGeometry:
+        weight = (64, channels // groups, kernel, kernel)
+        shape = (2, channels, size, size)
+        return ConvGeometry.of("test", shape, weight, None, (stride, stride), (padding, padding), (1, 1), groups)
 
-    assert "float32" in str(reason((64, 32, 3, 3), torch.float32))
-    assert "stride=(2, 2)" in str(reason((64, 32, 3, 3), stride=2))
-    assert "groups=2" in str(reason((64, 16, 3, 3)))
-    assert "5×5" in str(reason((64, 32, 5, 5)))
-    assert "padding=(3, 3)" in str(reason((64, 32, 3, 3), padding=3))
-    assert (reason((64, 32, 3, 3)) is None) == native.library().has_amx()
+    def first(g: ConvGeometry, direction: str = "forward", policy: Policy = BFLOAT16) -> str:
+        return cpu.algorithms("conv2d", direction, g, policy)[0]
+
+    monkeypatch.setattr(cpu, "_has_amx", lambda: True)
+    assert first(of(14)) == first(of(14), "weight_grad") == first(of(56), "input_grad") == "amx"
+    assert first(of(14), "input_grad") == first(of(14, channels=8)) == ""
+    assert cpu.algorithms("conv2d", "input_grad", of(14), BFLOAT16) == ("", "amx")
+    assert first(of(14), policy=Policy(torch.bfloat16, direct=True)) == "amx", "AMX sums products as they are"
+    for other in (of(14, stride=2), of(14, groups=2), of(14, kernel=5), of(14, padding=3)):
+        assert cpu.algorithms("conv2d", "forward", other, BFLOAT16) == ("",)
+    for dtype in (torch.float32, torch.float16):
+        assert "amx" not in cpu.algorithms("conv2d", "forward", of(56), Policy(dtype))
+    monkeypatch.setattr(cpu, "_has_amx", lambda: False)
+    assert "amx" not in cpu.algorithms("conv2d", "forward", of(56), BFLOAT16)
 
 
 @needs_library

@@ -81,7 +81,7 @@ def test_an_automatic_choice_is_logged_once_with_its_reason(caplog: pytest.LogCa
         FC.conv2d(x, torch.randn(4, 4, 3, 3))
     (record,) = caplog.records
     call = "conv2d forward 1x4x8x8 to 4, 3x3/1, float32"
-    reason = "rule: native reads channels_last, operands do: native"
+    reason = "rule: native reads channels_last, operands do: native first"
     assert record.getMessage() == f"backend native for {call} on cpu ({reason})"
 
 

@@ -280,7 +280,7 @@ def test_kernels_refuse_what_does_not_fit() -> None:
 def test_which_layers_are_first() -> None:
     def serves(x: tuple[int, ...], weight: tuple[int, ...], dilation: int = 1, groups: int = 1) -> bool:
         g = ConvGeometry.of("test", x, weight, None, (1, 1), (2, 2), (dilation, dilation), groups)
-        return cpu.first_serves(g, Policy(torch.float32))
+        return cpu.first_serves(g)
 
     assert serves((1, 3, 32, 32), (64, 3, 3, 3)) and serves((1, 4, 32, 32), (64, 4, 11, 11))
     assert not serves((1, 5, 32, 32), (64, 5, 3, 3)) and not serves((1, 3, 32, 32), (64, 3, 12, 3))

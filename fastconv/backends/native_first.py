@@ -45,13 +45,14 @@ def conv2d_relu_weight_grad(
     grad: Tensor, gate: Tensor, x: Tensor, g: ConvGeometry, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     """`gate`: the output of the ReLU, or the code of the pool behind it."""
-    return _weight_grad(grad, dense(gate), x, g, with_bias)
+    return _weight_grad(grad, gate, x, g, with_bias)
 
 
 def _weight_grad(
     grad: Tensor, gate: Tensor | None, x: Tensor, g: ConvGeometry, with_bias: bool
 ) -> tuple[Tensor, Tensor | None]:
     output, bias = empty(grad, g.weight_shape), grad.new_empty(g.out_channels) if with_bias else None
+    gate = None if gate is None else dense(gate)
     size = (g.out_height, g.out_width)
     kernel("first_weight_grad")(dense(grad), gate, dense(x), output, bias, size, g.stride, g.padding)
     return output, bias

@@ -147,6 +147,11 @@ void first_weight_grad(
   const FirstSizes sizes = sizes_of(from, filter, to, pooled, size, stride, padding);
   by_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
+    if (to.numel() == 0) {
+      std::fill_n(write<T>(weight_grad), filter.numel(), T{});
+      if (bias_grad) std::fill_n(write<T>(*bias_grad), to.channels, T{});
+      return;
+    }
     fastconv::weight_grad(FirstWeightGrad<T>{
         sizes, read<T>(x), read<T>(grad), gate && !pooled ? read<T>(*gate) : nullptr,
         pooled ? read<uint8_t>(*gate) : nullptr, write<T>(weight_grad), bias_grad ? write<T>(*bias_grad) : nullptr, to.height,

@@ -62,11 +62,14 @@ FASTCONV_INLINE void product_rows(
 }
 
 // Sums run over K in order whatever M is: how rows are grouped does not show in the result.
-inline void product(Strided a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t m, int64_t k, bool add) {
+// Structures come by reference: copies on the stack are read wider than they were just written, which waits for all stores.
+inline void product(
+    const Strided& a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t m, int64_t k, bool add) {
+  Strided rest{a.data, a.row, a.step};
   const auto rows = [&](auto count) FASTCONV_INLINE_LAMBDA {
     constexpr int n = decltype(count)::value;
-    product_rows<n>(a, b, b_stride, c, c_stride, k, add);
-    a.data += n * a.row;
+    product_rows<n>(rest, b, b_stride, c, c_stride, k, add);
+    rest.data += n * rest.row;
     c += n * c_stride;
     m -= n;
   };
@@ -87,7 +90,6 @@ FASTCONV_INLINE void product_of_rows(
 }
 
 // The product with K in parts, which the sums stay in registers for. Its rows are few: they are grouped as evenly as can be.
-// Structures come by reference: copies on the stack are read wider than they were just written, which waits for all stores.
 inline void product_in_parts(
     const Strided& a, const float* b, int64_t b_stride, float* c, int64_t c_stride, int64_t m, int64_t k, bool add,
     const Parts& parts) {

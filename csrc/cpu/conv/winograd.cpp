@@ -253,6 +253,10 @@ void winograd_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& wei
                             to.width,   to.channels, padding[0], padding[1]};
   by_dtype(grad.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
+    if (sizes.tiles() == 0) {
+      std::fill_n(write<T>(weight_grad), filter.numel(), T{});
+      return;
+    }
     const WinogradWeightGrad<T> pass{sizes, read<T>(x), read<T>(grad), write<T>(weight_grad)};
     runs_pay(sizes) ? weight_grad_by_tiles(pass) : weight_grad_by_panels(pass);
   });
