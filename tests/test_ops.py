@@ -41,6 +41,10 @@ def samples(op: str, device: str, layout: torch.memory_format) -> list[tuple[Any
         "conv2d": [(t(X), t(W), bias, *CONV), (t(X), t(W), None, *CONV)],
         "conv2d_relu": [(t(X), t(W), bias, t(MAP), *CONV), (t(X), t(W), None, None, *CONV)],
         "conv2d_relu_max_pool2d": [(t(X), t(W), bias, *CONV, *POOL_2X2)],
+        "conv2d_prepared": [
+            (t(X), t(W), t((0, 0, 0, 0)), bias, t(MAP), *CONV, True, False),
+            (t(X), t(W), t((0, 0, 0, 0)), None, None, *CONV, True, True),
+        ],
         "conv2d_backward": [
             (t(MAP), *operands, list(X), list(W), layout == torch.channels_last, *CONV)
             for operands in ((t(X), t(W)), (None, t(W)), (t(X), None))
@@ -88,6 +92,7 @@ OPERATORS = [
     "conv2d",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
+    "conv2d_prepared",
     "conv2d_backward",
     "conv2d_backward_relu",
     "conv2d_relu_weight_grad",

@@ -7,7 +7,8 @@ backward is being built (create_graph=True, torch.func), the same gradients are 
 
 from fastconv.autograd import conv, norm, pool  # noqa: F401  (define the Functions and register them)
 from fastconv.autograd.chain import ChainLayer, call_chain
+from fastconv.autograd.conv import conv2d_prepared
 from fastconv.autograd.core import ConvArgs, PoolArgs, call
 from fastconv.autograd.norm import batch_norm_update
 
-__all__ = ["ChainLayer", "ConvArgs", "PoolArgs", "batch_norm_update", "call", "call_chain"]
+__all__ = ["ChainLayer", "ConvArgs", "PoolArgs", "batch_norm_update", "call", "call_chain", "conv2d_prepared"]

@@ -159,6 +159,26 @@ class Conv2dReLUMaxPool2d(torch.autograd.Function):
         return (*conv_grads(ctx.conv, unpooled, input, weight), bias, None, None, None)
 
 
+def conv2d_prepared(
+    x: Tensor,
+    weight: Tensor,
+    prepared: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    args: ConvArgs,
+    relu: bool,
+    max_pool: bool,
+    backend: str,
+) -> Tensor:
+    """The operator: it has no derivative, and so no Function."""
+    op = ops.conv2d_prepared.default
+    if torch.compiler.is_compiling():
+        output: Tensor = op(x, weight, prepared, bias, residual, *args, relu, max_pool, backend)
+        return output
+    output = run(op, x, weight, prepared, bias, residual, args, relu, max_pool, backend)
+    return output
+
+
 register(Conv2d, "conv2d", lambda x, w, b, *a: (x, w, b, ConvArgs(*a[:4]), a[4]))
 register(Conv2dReLU, "conv2d_relu", lambda x, w, b, r, *a: (x, w, b, r, ConvArgs(*a[:4]), a[4]))
 register(

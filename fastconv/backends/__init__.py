@@ -74,6 +74,20 @@ class Launchers(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """(max_pool2d(relu(conv2d(x, weight, bias))), code)."""
 
+    def conv2d_prepared(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        prepared: Tensor,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        g: ConvGeometry,
+        policy: Policy,
+        relu: bool,
+        pool: PoolGeometry | None,
+    ) -> Tensor:
+        """conv2d, or with a pool conv2d_relu_max_pool2d's output; `prepared` is `prepare_conv2d` of the weight."""
+
     def conv2d_input_grad(self, grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
         """torch.nn.grad.conv2d_input."""
 
@@ -250,6 +264,13 @@ def load(name: str) -> Launchers:
 @cache
 def _modules(name: str) -> object:
     return importlib.import_module(f"fastconv.backends.{name}")
+
+
+def prepare_conv2d(weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int], groups: int) -> Tensor | None:
+    """What the native backend's conv2d_prepared spares its calls; None where that is nothing."""
+    from fastconv.backends import native
+
+    return native.prepare(weight, stride, dilation, groups)
 
 
 def chip(device_type: str, index: int | None = None) -> str:

@@ -51,6 +51,22 @@ def conv2d_relu_max_pool2d(
     return max_pool2d(conv2d(x, weight, bias, None, g, policy, relu=False), pool, relu=True)
 
 
+def conv2d_prepared(
+    x: Tensor,
+    weight: Tensor,
+    prepared: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    g: ConvGeometry,
+    policy: Policy,
+    relu: bool,
+    pool: PoolGeometry | None,
+) -> Tensor:
+    if pool is None:
+        return conv2d(x, weight, bias, residual, g, policy, relu)
+    return conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy)[0]
+
+
 def _conv2d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:
     if accumulates_in_half(x):
         wide_bias = None if bias is None else bias.float()

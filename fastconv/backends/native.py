@@ -13,9 +13,11 @@ from fastconv.backends.native_conv import (
     conv2d_backward_relu,
     conv2d_input_grad,
     conv2d_input_grad_relu,
+    conv2d_prepared,
     conv2d_relu_max_pool2d,
     conv2d_relu_weight_grad,
     conv2d_weight_grad,
+    prepare,
 )
 from fastconv.backends.native_library import library, unavailable
 from fastconv.backends.native_norm import (
@@ -51,6 +53,7 @@ __all__ = [
     "conv2d_backward_relu",
     "conv2d_input_grad",
     "conv2d_input_grad_relu",
+    "conv2d_prepared",
     "conv2d_relu_max_pool2d",
     "conv2d_relu_weight_grad",
     "conv2d_weight_grad",
@@ -59,6 +62,7 @@ __all__ = [
     "library",
     "max_pool2d",
     "max_pool2d_backward",
+    "prepare",
     "relu_backward",
     "supports",
     "unavailable",

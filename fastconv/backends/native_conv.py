@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastconv import tuning
 from fastconv.backends import aten, chip, native_amx, native_first, native_winograd
-from fastconv.backends.native_library import dense, kernel
+from fastconv.backends.native_library import dense, kernel, unavailable
 from fastconv.backends.native_passes import masked, max_pool2d, max_pool2d_backward, relu_backward
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy, torchs_convolution
@@ -64,6 +64,33 @@ def conv2d_relu_max_pool2d(
         output, code = kernels.conv2d_relu_max_pool2d(x, weight, bias, g, pool)
         return output, code
     return max_pool2d(conv2d(x, weight, bias, None, g, policy, relu=False), pool, relu=True)
+
+
+def prepare(weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int], groups: int) -> Tensor | None:
+    """Winograd's transform of a weight that it can serve, in float32 (four times the elements); else None."""
+    plain = (tuple(weight.shape[2:]), stride, dilation, groups) == ((3, 3), (1, 1), (1, 1), 1)
+    served = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return native_winograd.filters(weight) if plain and served and unavailable() is None else None
+
+
+def conv2d_prepared(
+    x: Tensor,
+    weight: Tensor,
+    prepared: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    g: ConvGeometry,
+    policy: Policy,
+    relu: bool,
+    pool: PoolGeometry | None,
+) -> Tensor:
+    if pool is None:
+        if _kernels("conv2d_relu" if relu else "conv2d", "forward", g, policy) is native_winograd:
+            return native_winograd.conv2d(x, weight, bias, residual, g, relu, prepared)
+        return conv2d(x, weight, bias, residual, g, policy, relu)
+    if _fuses(pool) and _kernels("conv2d_relu_max_pool2d", "forward", g, policy) is native_winograd:
+        return native_winograd.conv2d_relu_max_pool2d(x, weight, bias, g, pool, prepared)[0]
+    return conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy)[0]
 
 
 def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:

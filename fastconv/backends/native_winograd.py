@@ -2,31 +2,52 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from fastconv.backends.native_library import dense, empty, kernel
+from fastconv.backends.native_library import dense, empty, kernel, library
 from fastconv.geometry import ConvGeometry, PoolGeometry
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, relu: bool) -> Tensor:
+def filters(weight: Tensor) -> Tensor:
+    """A weight [K, C, 3, 3] transformed for the forwards below, laid out for this process's instruction set."""
+    transformed = weight.new_empty(library().winograd_filters_size(weight.shape[1], weight.shape[0]), dtype=torch.float32)
+    kernel("winograd_filters")(dense(weight), transformed)
+    return transformed
+
+
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    g: ConvGeometry,
+    relu: bool,
+    filters: Tensor | None = None,
+) -> Tensor:
     output = empty(x, g.output_shape)
     residual = None if residual is None else dense(residual)
-    _conv(x, weight, bias, residual, output, None, g.output_shape[2:], g.padding, relu, turned=False)
+    _conv(x, weight, bias, residual, output, None, g.output_shape[2:], g.padding, relu, False, filters)
     return output
 
 
 def conv2d_relu_max_pool2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: ConvGeometry,
+    pool: PoolGeometry,
+    filters: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     output, code = empty(x, pool.output_shape), empty(x, pool.output_shape, pool.code_dtype)
-    _conv(x, weight, bias, None, output, code, g.output_shape[2:], g.padding, relu=True, turned=False)
+    _conv(x, weight, bias, None, output, code, g.output_shape[2:], g.padding, True, False, filters)
     return output, code
 
 
 def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
     input_grad = empty(grad, g.input_shape)
     padding = (2 - g.pad_h, 2 - g.pad_w)
-    _conv(grad, weight, None, None, input_grad, None, g.input_shape[2:], padding, relu=False, turned=True)
+    _conv(grad, weight, None, None, input_grad, None, g.input_shape[2:], padding, False, True, None)
     return input_grad
 
 
@@ -47,5 +68,6 @@ def _conv(
     padding: tuple[int, int],
     relu: bool,
     turned: bool,
+    filters: Tensor | None,
 ) -> None:
-    kernel("winograd_conv2d")(dense(x), dense(weight), bias, residual, output, code, size, padding, relu, turned, None)
+    kernel("winograd_conv2d")(dense(x), dense(weight), bias, residual, output, code, size, padding, relu, turned, filters)

@@ -43,6 +43,22 @@ def conv2d(
     return _FAMILIES[plan.kernel].conv2d(x, weight, bias, residual, g, policy, relu, plan)
 
 
+def conv2d_prepared(
+    x: Tensor,
+    weight: Tensor,
+    prepared: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    g: ConvGeometry,
+    policy: Policy,
+    relu: bool,
+    pool: PoolGeometry | None,
+) -> Tensor:
+    if pool is None:
+        return conv2d(x, weight, bias, residual, g, policy, relu)
+    return conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy)[0]
+
+
 def conv2d_relu_max_pool2d(
     x: Tensor,
     weight: Tensor,

@@ -196,6 +196,7 @@ _REDUCTIONS: dict[str, Callable[[dict[str, Any]], tuple[int, ...]]] = {
     "conv2d": _forward,
     "conv2d_relu": _forward,
     "conv2d_relu_max_pool2d": _forward,
+    "conv2d_prepared": _forward,
     "conv2d_backward": _backward,
     "conv2d_backward_relu": _masked,
     "conv2d_relu_weight_grad": lambda a: (_pixels(a["grad"]),) * 2,

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from fastconv.convert.chains import convert
+from fastconv.convert.freeze import freeze
 
-__all__ = ["convert"]
+__all__ = ["convert", "freeze"]

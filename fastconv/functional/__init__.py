@@ -10,7 +10,15 @@ All raise TypeError for an argument of the wrong type and RuntimeError for a val
 that is not served, and where the backend named by `fastconv.use_backend` cannot serve the call.
 """
 
-from fastconv.functional.conv import ConvLayer, conv2d, conv2d_relu, conv2d_relu_max_pool2d, conv_chain
+from fastconv.functional.conv import (
+    ConvLayer,
+    conv2d,
+    conv2d_prepared,
+    conv2d_relu,
+    conv2d_relu_max_pool2d,
+    conv_chain,
+    prepare_conv2d,
+)
 from fastconv.functional.norm import batch_norm_relu, batch_norm_relu_max_pool2d
 from fastconv.functional.pool import avg_pool2d, global_avg_pool2d, max_pool2d, relu_max_pool2d
 
@@ -20,10 +28,12 @@ __all__ = [
     "batch_norm_relu",
     "batch_norm_relu_max_pool2d",
     "conv2d",
+    "conv2d_prepared",
     "conv2d_relu",
     "conv2d_relu_max_pool2d",
     "conv_chain",
     "global_avg_pool2d",
     "max_pool2d",
+    "prepare_conv2d",
     "relu_max_pool2d",
 ]

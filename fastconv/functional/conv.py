@@ -111,6 +111,56 @@ def conv2d_relu_max_pool2d(
     return output if batched else output.squeeze(0)
 
 
+def prepare_conv2d(weight: Tensor, stride: IntPair = 1, dilation: IntPair = 1, groups: int = 1) -> Tensor | None:
+    """What `conv2d_prepared` can be spared of a weight, None where that is nothing.
+
+    On a CPU: the transform of a 3×3 weight (stride 1, dilation 1, one group) for Winograd's algorithm, float32, four times
+    as many elements as the weight has, laid out for the instruction set of this process. It holds the weight's values of
+    now: later changes of the weight do not show in it.
+    """
+    op = "prepare_conv2d"
+    geometry.check_tensor(op, "weight", weight)
+    strides, dilations = geometry.pair(op, "stride", stride), geometry.pair(op, "dilation", dilation)
+    return backends.prepare_conv2d(weight.detach(), strides, dilations, geometry.integer(op, "groups", groups))
+
+
+def conv2d_prepared(
+    input: Tensor,
+    weight: Tensor,
+    prepared: Tensor,
+    bias: Tensor | None = None,
+    stride: IntPair = 1,
+    padding: str | IntPair = 0,
+    dilation: IntPair = 1,
+    groups: int = 1,
+    *,
+    relu: bool = False,
+    residual: Tensor | None = None,
+    max_pool: bool = False,
+) -> Tensor:
+    """`conv2d`, `conv2d_relu` where `relu`, or `conv2d_relu_max_pool2d` of 2×2 windows where `max_pool`; inference only.
+
+    Args:
+        input, weight, bias, stride, padding, dilation, groups, residual: as in `conv2d_relu`.
+        prepared: `prepare_conv2d` of this weight.
+        relu: has to be true where there is a residual or a pool.
+        max_pool: excludes a residual.
+
+    Raises:
+        RuntimeError: an operand requires a gradient while gradients are recorded; relu or max_pool does not fit.
+    """
+    op = "conv2d_prepared"
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, weight, bias, residual)):
+        raise RuntimeError(f"{op}: it has no derivative: call it under torch.no_grad() or torch.inference_mode()")
+    if (max_pool or residual is not None) and not relu:
+        raise RuntimeError(f"{op}: relu must be True with a residual or a max_pool, got relu={relu}")
+    if max_pool and residual is not None:
+        raise RuntimeError(f"{op}: a residual is not served with max_pool=True")
+    (x, w, b, r), args, batched = _conv_operands(op, input, weight, bias, residual, stride, padding, dilation, groups)
+    output = autograd.conv2d_prepared(x, w, prepared, b, r, args, relu, max_pool, backends.requested())
+    return output if batched else output.squeeze(0)
+
+
 class ConvLayer(NamedTuple):
     """A layer of `conv_chain`: the arguments of `conv2d_relu_max_pool2d`, or without a pool_kernel_size of `conv2d_relu`."""
 

@@ -5,7 +5,7 @@ move freely in both directions. `from_torch` makes one from an existing torch.nn
 """
 
 from fastconv.nn.chain import ConvChain
-from fastconv.nn.conv import Conv2d, ConvReLU2d, ConvReLUMaxPool2d
+from fastconv.nn.conv import Conv2d, ConvReLU2d, ConvReLUMaxPool2d, FrozenConv2d
 from fastconv.nn.norm import BatchNormReLU2d, BatchNormReLUMaxPool2d
 from fastconv.nn.pool import AvgPool2d, GlobalAvgPool2d, MaxPool2d
 
@@ -17,6 +17,7 @@ __all__ = [
     "ConvChain",
     "ConvReLU2d",
     "ConvReLUMaxPool2d",
+    "FrozenConv2d",
     "GlobalAvgPool2d",
     "MaxPool2d",
 ]

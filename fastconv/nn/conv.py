@@ -63,6 +63,89 @@ class Conv2d(torch.nn.Conv2d):
         return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)
 
 
+class FrozenConv2d(torch.nn.Module):
+    """A snapshot of a Conv2d, ConvReLU2d or ConvReLUMaxPool2d of 2×2 windows for inference, its weight prepared.
+
+    `fastconv.freeze` makes them. Weight and bias are buffers of the same names; the prepared weight is made anew from them
+    when the module is moved, cast, loaded or unpickled, and not when they are written to.
+
+    Shapes:
+        As of the module that it stands for.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    prepared: Tensor | None
+
+    def __init__(self, module: Conv2d) -> None:
+        super().__init__()
+        self.stride, self.padding = module.stride, module.padding
+        self.dilation, self.groups = module.dilation, module.groups
+        self.relu = isinstance(module, (ConvReLU2d, ConvReLUMaxPool2d))
+        self.max_pool = isinstance(module, ConvReLUMaxPool2d)
+        self.register_buffer("weight", module.weight.detach().clone())
+        self.register_buffer("bias", None if module.bias is None else module.bias.detach().clone())
+        self._prepare()
+
+    @staticmethod
+    def serves(module: torch.nn.Module) -> bool:
+        """Whether there is something to prepare of `module`, which must be exactly of one of the three classes."""
+        if type(module) not in (Conv2d, ConvReLU2d, ConvReLUMaxPool2d) or module.padding_mode != "zeros":
+            return False
+        if isinstance(module, ConvReLUMaxPool2d):
+            pair = torch.nn.modules.utils._pair
+            pooling = (module.pool_kernel_size, module.pool_stride, module.pool_padding, module.pool_dilation)
+            if [pair(value) for value in pooling] != [(2, 2), (2, 2), (0, 0), (1, 1)] or module.pool_ceil_mode:
+                return False
+        window = (module.kernel_size, module.stride, module.dilation, module.groups)
+        return window == ((3, 3), (1, 1), (1, 1), 1) and module.weight.device.type == "cpu"
+
+    def _prepare(self) -> None:
+        with torch.no_grad():
+            prepared = functional.prepare_conv2d(self.weight, self.stride, self.dilation, self.groups)
+        self.register_buffer("prepared", prepared, persistent=False)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenConv2d:
+        self.prepared = None
+        super()._apply(fn, recurse)
+        self._prepare()
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._prepare()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_buffers": {**self._buffers, "prepared": None}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._prepare()
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        arguments = (self.stride, self.padding, self.dilation, self.groups)
+        if self.prepared is not None:
+            return functional.conv2d_prepared(
+                input,
+                self.weight,
+                self.prepared,
+                self.bias,
+                *arguments,
+                relu=self.relu,
+                residual=residual,
+                max_pool=self.max_pool,
+            )
+        if self.max_pool:
+            return functional.conv2d_relu_max_pool2d(input, self.weight, self.bias, *arguments)
+        if self.relu:
+            return functional.conv2d_relu(input, self.weight, self.bias, *arguments, residual=residual)
+        return functional.conv2d(input, self.weight, self.bias, *arguments)
+
+    def extra_repr(self) -> str:
+        out_channels, in_channels = self.weight.shape[:2]
+        return f"{in_channels}, {out_channels}, padding={self.padding}, relu={self.relu}, max_pool={self.max_pool}"
+
+
 class ConvReLU2d(Conv2d):
     """Convolution, bias, optional residual and ReLU in one pass; constructor and keys of `torch.nn.Conv2d`.
 

@@ -135,6 +135,41 @@ def conv2d_relu_max_pool2d(
 
 
 @operator(
+    "conv2d_prepared(Tensor input, Tensor weight, Tensor prepared, Tensor? bias, Tensor? residual, "
+    f"{_CONV}, bool relu, bool max_pool, str backend) -> Tensor"
+)
+def conv2d_prepared(
+    input: Tensor,
+    weight: Tensor,
+    prepared: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    relu: bool,
+    max_pool: bool,
+    backend: str,
+    *,
+    fake: bool,
+) -> Tensor:
+    """conv2d, conv2d_relu or, with `max_pool`, conv2d_relu_max_pool2d of 2×2 windows, without a derivative."""
+    op = "conv2d_prepared"
+    g = _conv_geometry(op, input, weight, bias, stride, padding, dilation, groups)
+    geometry.check_operand(op, "residual", residual, input)
+    geometry.check_residual(op, residual, g.output_shape)
+    layout = geometry.memory_format(input, weight)
+    pool = PoolGeometry.of(op, g.output_shape, (2, 2), (2, 2), (0, 0), (1, 1), False) if max_pool else None
+    if fake:
+        return input.new_empty(g.output_shape if pool is None else pool.output_shape).to(memory_format=layout)
+    name = "conv2d_relu_max_pool2d" if max_pool else "conv2d_relu" if relu else "conv2d"
+    launchers = launchers_for(backend, name, "forward", g, input, layout)
+    arithmetic = policy(input.dtype, input.device.type)
+    return dense(launchers.conv2d_prepared(input, weight, prepared, bias, residual, g, arithmetic, relu, pool), layout)
+
+
+@operator(
     "conv2d_backward(Tensor grad, Tensor? input, Tensor? weight, SymInt[] input_shape, SymInt[] weight_shape, "
     f"bool weight_channels_last, {_CONV}, str backend) -> (Tensor, Tensor)"
 )

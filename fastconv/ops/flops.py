@@ -25,6 +25,12 @@ def _forward(input: Shape, weight: Shape, bias: Shape | None, *conv: Any, out_sh
     return ConvGeometry.of("conv2d", input, weight, bias, *conv[:4]).flops()
 
 
+def _forward_prepared(
+    input: Shape, weight: Shape, prepared: Shape, bias: Shape | None, residual: Shape | None, *conv: Any, **_: Any
+) -> int:
+    return ConvGeometry.of("conv2d_prepared", input, weight, bias, *conv[:4]).flops()
+
+
 def _forward_with_residual(
     input: Shape, weight: Shape, bias: Shape | None, residual: Shape | None, *conv: Any, out_shape: Any = None, **_: Any
 ) -> int:
@@ -78,6 +84,7 @@ def _register() -> None:
     ops, register = torch.ops.fastconv, sys.modules[_COUNTER].register_flop_formula
     register([ops.conv2d, ops.conv2d_relu_max_pool2d])(_forward)
     register([ops.conv2d_relu])(_forward_with_residual)
+    register([ops.conv2d_prepared])(_forward_prepared)
     register([ops.conv2d_backward])(_backward)
     register([ops.conv2d_backward_relu])(_backward_relu)
     register([ops.conv2d_relu_weight_grad, ops.conv2d_relu_max_pool2d_weight_grad])(_relu_weight_grad)
