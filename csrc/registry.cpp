@@ -127,7 +127,7 @@ PyMethodDef methods[] = {
      "How this library was built: compiler, flags, kind, cuda, amx (whether it has kernels for it), torch (the headers' version)."},
     {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: 'AVX512', 'AVX2' or 'default'."},
     {"winograd_filters_size", winograd_filters_size, METH_VARARGS,
-     "Floats of a weight [out_channels, channels, 3, 3] transformed by winograd_filters."},
+     "Floats of a weight [out_channels, channels, 3, 3] transformed by winograd_filters; 0 if that does not pay."},
     {"has_amx", has_amx, METH_NOARGS, "Whether this process may run the kernels for Intel's AMX."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -170,4 +170,5 @@ def test_what_is_refused() -> None:
         functional.conv2d_prepared(torch.randn(2, 64, 32, 32), torch.randn(64, 64, 3, 3), prepared, padding=1)
     for other in (torch.randn(16, 16, 5, 5), torch.randn(4, 4, 3, 3, dtype=torch.float64)):
         assert functional.prepare_conv2d(other) is None
+    assert functional.prepare_conv2d(torch.randn(512, 512, 3, 3)) is None
     assert functional.prepare_conv2d(weight, stride=2) is None and functional.prepare_conv2d(weight, dilation=2) is None

@@ -22,7 +22,7 @@ void winograd_conv2d(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
     const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& padding, bool relu, bool turned,
     const std::optional<Tensor>& filters);
-// `filters`: a weight transformed beforehand, for forwards that are not turned.
+// `filters`: a weight transformed beforehand, for forwards that are not turned; 0 floats where that would not pay.
 int64_t winograd_filters_size(int64_t channels, int64_t out_channels);
 void winograd_filters(const Tensor& weight, const Tensor& filters);
 void winograd_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight_grad, const Pair& padding);

@@ -9,9 +9,15 @@ from fastconv.backends.native_library import dense, empty, kernel, library
 from fastconv.geometry import ConvGeometry, PoolGeometry
 
 
-def filters(weight: Tensor) -> Tensor:
-    """A weight [K, C, 3, 3] transformed for the forwards below, laid out for this process's instruction set."""
-    transformed = weight.new_empty(library().winograd_filters_size(weight.shape[1], weight.shape[0]), dtype=torch.float32)
+def filters(weight: Tensor) -> Tensor | None:
+    """A weight [K, C, 3, 3] transformed for the forwards below, laid out for this process's instruction set.
+
+    None for large weights: to read their transform from memory would take longer than to transform them again.
+    """
+    size = library().winograd_filters_size(weight.shape[1], weight.shape[0])
+    if size == 0:
+        return None
+    transformed = weight.new_empty(size, dtype=torch.float32)
     kernel("winograd_filters")(dense(weight), transformed)
     return transformed
 

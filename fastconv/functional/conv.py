@@ -114,9 +114,9 @@ def conv2d_relu_max_pool2d(
 def prepare_conv2d(weight: Tensor, stride: IntPair = 1, dilation: IntPair = 1, groups: int = 1) -> Tensor | None:
     """What `conv2d_prepared` can be spared of a weight, None where that is nothing.
 
-    On a CPU: the transform of a 3×3 weight (stride 1, dilation 1, one group) for Winograd's algorithm, float32, four times
-    as many elements as the weight has, laid out for the instruction set of this process. It holds the weight's values of
-    now: later changes of the weight do not show in it.
+    On a CPU: the transform of a 3×3 weight (stride 1, dilation 1, one group, up to 65,536 pairs of channels) for Winograd's
+    algorithm, float32, four times as many elements as the weight has, laid out for the instruction set of this process. It
+    holds the weight's values of now: later changes of the weight do not show in it.
     """
     op = "prepare_conv2d"
     geometry.check_tensor(op, "weight", weight)

@@ -54,14 +54,17 @@ def candidates(
     """Every candidate for a call, in the order of a plain rule; aten is always among them.
 
     Kernels of ours read and write NHWC, so that an NCHW call pays one more pass over its input and one over its output,
-    as much as fusing bias, ReLU or pool saves: such calls stay with torch's own. But for batch normalisation with a pool on
-    a CPU, where torch's codes, computed from its indices, cost more than those passes.
+    as much as fusing bias, ReLU or pool saves: such calls stay with torch's own. But for max-pools on a CPU, where torch's
+    codes, computed from its indices, cost more than those passes, and for forwards that Winograd makes faster still.
     """
     if is_cpu(chip):
         native: tuple[Candidate, ...] = (NATIVE,)
+        is_first = channels_last or "max_pool2d" in op
         if isinstance(g, ConvGeometry) and op in _CONVOLUTIONS and direction != "bias_grad":
-            native = tuple(Candidate("native", algorithm) for algorithm in cpu.algorithms(op, direction, g, policy))
-        return (*native, ATEN) if channels_last or op == "batch_norm_relu_max_pool2d" else (ATEN, *native)
+            algorithms = cpu.algorithms(op, direction, g, policy)
+            native = tuple(Candidate("native", algorithm) for algorithm in algorithms)
+            is_first = is_first or cpu.gains_in_nchw(direction, g, policy, algorithms[0])
+        return (*native, ATEN) if is_first else (ATEN, *native)
     ours: tuple[Candidate, ...] = (TRITON,)
     if isinstance(g, ConvGeometry):
         ours = () if policy.dtype == torch.float64 else triton_candidates(op, direction, g, policy, chip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import torch
@@ -15,15 +16,15 @@ WINOGRAD = "winograd"
 ONEDNN = ""
 
 # Costs in multiply-adds of a fused product, a channel and tile: of bringing an input tile into the transforms' domain, of
-# taking an output tile out of it, of transforming one filter; measured on 64 to 512 channels.
-_INPUT, _OUTPUT, _FILTER = 1400, 800, 250
+# taking an output tile out of it, of transforming one filter; fitted to times of 8 to 512 channels on a Zen 5 with AVX-512.
+_INPUT, _OUTPUT, _FILTER = 900, 600, 250
 _POINTS, _TILE = 36, 4
 # What the kernels for first layers are compiled and tested for; of more channels oneDNN fills vectors.
 _FIRST_CHANNELS, _FIRST_SIDE = 4, 11
 # Elements of a filter from which on oneDNN's bfloat16 instructions outweigh what fusing ReLU into a first layer spares.
 _FIRST_ELEMENTS = 64
-# What oneDNN computes in the time of a float32 multiply-add: twice as much where bfloat16 has instructions of its own.
-_NATIVE_BFLOAT16 = 2.0
+# What oneDNN computes in the time of a float32 multiply-add where bfloat16 has instructions of its own: of wide layers 2.
+_NATIVE_BFLOAT16 = 1.4
 
 
 def algorithms(op: str, direction: str, g: ConvGeometry, policy: Policy) -> tuple[str, ...]:
@@ -39,6 +40,16 @@ def algorithms(op: str, direction: str, g: ConvGeometry, policy: Policy) -> tupl
     if policy.direct:
         return (ONEDNN,)
     return (WINOGRAD, ONEDNN) if _winograd_operations(direction, g) < _direct_operations(g, policy) else (ONEDNN, WINOGRAD)
+
+
+def gains_in_nchw(direction: str, g: ConvGeometry, policy: Policy, algorithm: str) -> bool:
+    """Whether an algorithm is faster than torch's even with NCHW operands, which it has to bring to NHWC and back.
+
+    oneDNN reorders the maps too. Weights, which only we then reorder, must not be most of it.
+    """
+    if direction != "forward" or policy.dtype == torch.bfloat16 or algorithm != WINOGRAD:
+        return False
+    return math.prod(g.input_shape) + math.prod(g.output_shape) >= math.prod(g.weight_shape)
 
 
 def first_serves(g: ConvGeometry) -> bool:

@@ -74,14 +74,13 @@ void conv_by_tiles(const WinogradPass<T>& pass, float* prepared) {
 }
 
 // Inputs are transformed first, by all; each unit is a panel of outputs for a part of the tiles, and transforms its filters as
-// it goes, a block of channels at a time: no transformed filter goes through memory, unless it was prepared.
+// it goes, a block of channels at a time: no transformed filter goes through memory, which would take longer.
 template <class T>
-void conv_by_panels(const WinogradPass<T>& pass, float* prepared) {
+void conv_by_panels(const WinogradPass<T>& pass) {
   const WinogradKernels<T>& k = kernels<T>().winograd;
   const WinogradSizes& s = pass.sizes;
   constexpr int64_t kChunk = 256, kPart = 128, kRows = 64;
-  const Filters all_filters = Filters::of<T>(s.channels, s.out_channels);
-  const int64_t panels = all_filters.panels;
+  const int64_t panels = ceil_div(s.out_channels, k.panel);
   const int64_t chunk = std::min(s.tiles(), kChunk);
   const int64_t size = std::min(kPart, std::max<int64_t>(24, ceil_div(chunk * panels, 2 * threads())));
   const int64_t parts = ceil_div(chunk, size);
@@ -104,17 +103,21 @@ void conv_by_panels(const WinogradPass<T>& pass, float* prepared) {
       const int64_t output = unit / parts * k.panel;
       for (int64_t r = 0; r < s.channels; r += kRows) {
         const int64_t rows = std::min(kRows, s.channels - r);
-        if (prepared == nullptr) k.filter(pass.filter, output, r, r + rows, filters);
-        const Planes from = prepared == nullptr ? filters : shifted(all_filters.at(prepared, unit / parts), r, 0);
-        k.multiply(here.count, rows, shifted(all, here.first, r), from, products, r > 0);
+        k.filter(pass.filter, output, r, r + rows, filters);
+        k.multiply(here.count, rows, shifted(all, here.first, r), filters, products, r > 0);
       }
       k.output(pass, {first + here.first, here.count}, output, products);
     });
   }
 }
 
-// A transformed filter is read again for each block of tiles: it has to lie in a cache, and to be worth its transform.
-bool filter_fits(const WinogradSizes& s) { return s.channels * s.out_channels <= 256 * 256 && s.tiles() >= 128; }
+// A transformed filter is read again for each block of tiles: it has to lie in a cache.
+bool lies_in_a_cache(int64_t channels, int64_t out_channels) { return channels * out_channels <= 256 * 256; }
+
+// And to be worth its transform, unless that was done before.
+bool filter_fits(const WinogradSizes& s, bool prepared) {
+  return lies_in_a_cache(s.channels, s.out_channels) && (prepared || s.tiles() >= 128);
+}
 
 // Each unit sums a run of tiles into planes of its own. Runs are as many as sizes say, whatever the number of threads.
 template <class T>
@@ -220,11 +223,12 @@ void winograd_conv2d(
         !filters || (filters->scalar_type() == ScalarType::Float && filters->is_contiguous() &&
                      filters->numel() == Filters::of<T>(reduction, outputs).size()),
         "fastconv_native: filters must come from winograd_filters, for this weight");
-    filter_fits(sizes) ? conv_by_tiles(pass, prepared) : conv_by_panels(pass, prepared);
+    filter_fits(sizes, prepared != nullptr) ? conv_by_tiles(pass, prepared) : conv_by_panels(pass);
   });
 }
 
 int64_t winograd_filters_size(int64_t channels, int64_t out_channels) {
+  if (!lies_in_a_cache(channels, out_channels)) return 0;
   return Filters::of<float>(channels, out_channels).size();  // floats, whatever the weight's dtype
 }
 
