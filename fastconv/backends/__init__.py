@@ -66,27 +66,24 @@ class Launchers(Protocol):
         g: ConvGeometry,
         policy: Policy,
         relu: bool,
+        prepared: Tensor | None = None,
     ) -> Tensor:
-        """conv2d(x, weight, bias) + residual, then ReLU (NaN stays NaN) when `relu`."""
+        """conv2d(x, weight, bias) + residual, then ReLU (NaN stays NaN) when `relu`.
+
+        `prepared`: what `prepare_conv2d` made of the weight, for those who have a use for it.
+        """
 
     def conv2d_relu_max_pool2d(
-        self, x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry, policy: Policy
-    ) -> tuple[Tensor, Tensor]:
-        """(max_pool2d(relu(conv2d(x, weight, bias))), code)."""
-
-    def conv2d_prepared(
         self,
         x: Tensor,
         weight: Tensor,
-        prepared: Tensor,
         bias: Tensor | None,
-        residual: Tensor | None,
         g: ConvGeometry,
+        pool: PoolGeometry,
         policy: Policy,
-        relu: bool,
-        pool: PoolGeometry | None,
-    ) -> Tensor:
-        """conv2d, or with a pool conv2d_relu_max_pool2d's output; `prepared` is `prepare_conv2d` of the weight."""
+        prepared: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(max_pool2d(relu(conv2d(x, weight, bias))), code); `prepared` as in conv2d."""
 
     def conv2d_input_grad(self, grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
         """torch.nn.grad.conv2d_input."""

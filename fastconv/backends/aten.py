@@ -33,7 +33,14 @@ def _onednn_has_half() -> bool:
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, policy: Policy, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    g: ConvGeometry,
+    policy: Policy,
+    relu: bool,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     if relu and memory_format(x) == torch.channels_last and cudnn.fuses(x.device, g, policy):
         with torchs_convolution(policy, x.device.type):
@@ -46,25 +53,15 @@ def conv2d(
 
 
 def conv2d_relu_max_pool2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry, policy: Policy
-) -> tuple[Tensor, Tensor]:
-    return max_pool2d(conv2d(x, weight, bias, None, g, policy, relu=False), pool, relu=True)
-
-
-def conv2d_prepared(
     x: Tensor,
     weight: Tensor,
-    prepared: Tensor,
     bias: Tensor | None,
-    residual: Tensor | None,
     g: ConvGeometry,
+    pool: PoolGeometry,
     policy: Policy,
-    relu: bool,
-    pool: PoolGeometry | None,
-) -> Tensor:
-    if pool is None:
-        return conv2d(x, weight, bias, residual, g, policy, relu)
-    return conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy)[0]
+    prepared: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    return max_pool2d(conv2d(x, weight, bias, None, g, policy, relu=False), pool, relu=True)
 
 
 def _conv2d_forward(x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry) -> Tensor:

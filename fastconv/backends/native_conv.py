@@ -36,9 +36,18 @@ def _fuses(pool: PoolGeometry) -> bool:
 
 
 def conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, policy: Policy, relu: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    g: ConvGeometry,
+    policy: Policy,
+    relu: bool,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     kernels = _kernels("conv2d_relu" if relu else "conv2d", "forward", g, policy)
+    if kernels is native_winograd:
+        return native_winograd.conv2d(x, weight, bias, residual, g, relu, prepared)
     if kernels is not None:
         output: Tensor = kernels.conv2d(x, weight, bias, residual, g, relu)
         return output
@@ -57,9 +66,17 @@ def _onednn(
 
 
 def conv2d_relu_max_pool2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry, policy: Policy
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: ConvGeometry,
+    pool: PoolGeometry,
+    policy: Policy,
+    prepared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     kernels = _kernels("conv2d_relu_max_pool2d", "forward", g, policy) if _fuses(pool) else None
+    if kernels is native_winograd:
+        return native_winograd.conv2d_relu_max_pool2d(x, weight, bias, g, pool, prepared)
     if kernels is not None:
         output, code = kernels.conv2d_relu_max_pool2d(x, weight, bias, g, pool)
         return output, code
@@ -71,26 +88,6 @@ def prepare(weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int], 
     plain = (tuple(weight.shape[2:]), stride, dilation, groups) == ((3, 3), (1, 1), (1, 1), 1)
     served = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
     return native_winograd.filters(weight) if plain and served and unavailable() is None else None
-
-
-def conv2d_prepared(
-    x: Tensor,
-    weight: Tensor,
-    prepared: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    g: ConvGeometry,
-    policy: Policy,
-    relu: bool,
-    pool: PoolGeometry | None,
-) -> Tensor:
-    if pool is None:
-        if _kernels("conv2d_relu" if relu else "conv2d", "forward", g, policy) is native_winograd:
-            return native_winograd.conv2d(x, weight, bias, residual, g, relu, prepared)
-        return conv2d(x, weight, bias, residual, g, policy, relu)
-    if _fuses(pool) and _kernels("conv2d_relu_max_pool2d", "forward", g, policy) is native_winograd:
-        return native_winograd.conv2d_relu_max_pool2d(x, weight, bias, g, pool, prepared)[0]
-    return conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy)[0]
 
 
 def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:

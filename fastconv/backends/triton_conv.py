@@ -34,6 +34,7 @@ def conv2d(
     g: ConvGeometry,
     policy: Policy,
     relu: bool,
+    prepared: Tensor | None = None,
     plan: Candidate | None = None,
 ) -> Tensor:
     x, weight = nhwc(x), nhwc(weight)
@@ -43,22 +44,6 @@ def conv2d(
     return _FAMILIES[plan.kernel].conv2d(x, weight, bias, residual, g, policy, relu, plan)
 
 
-def conv2d_prepared(
-    x: Tensor,
-    weight: Tensor,
-    prepared: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    g: ConvGeometry,
-    policy: Policy,
-    relu: bool,
-    pool: PoolGeometry | None,
-) -> Tensor:
-    if pool is None:
-        return conv2d(x, weight, bias, residual, g, policy, relu)
-    return conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy)[0]
-
-
 def conv2d_relu_max_pool2d(
     x: Tensor,
     weight: Tensor,
@@ -66,6 +51,7 @@ def conv2d_relu_max_pool2d(
     g: ConvGeometry,
     pool: PoolGeometry,
     policy: Policy,
+    prepared: Tensor | None = None,
     plan: Candidate | None = None,
 ) -> tuple[Tensor, Tensor]:
     if not pool.is_2x2:

@@ -166,7 +166,9 @@ def conv2d_prepared(
     name = "conv2d_relu_max_pool2d" if max_pool else "conv2d_relu" if relu else "conv2d"
     launchers = launchers_for(backend, name, "forward", g, input, layout)
     arithmetic = policy(input.dtype, input.device.type)
-    return dense(launchers.conv2d_prepared(input, weight, prepared, bias, residual, g, arithmetic, relu, pool), layout)
+    if pool is None:
+        return dense(launchers.conv2d(input, weight, bias, residual, g, arithmetic, relu, prepared), layout)
+    return dense(launchers.conv2d_relu_max_pool2d(input, weight, bias, g, pool, arithmetic, prepared)[0], layout)
 
 
 @operator(
