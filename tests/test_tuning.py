@@ -98,12 +98,14 @@ def test_forget_makes_a_new_table_effective() -> None:
 
 def test_rules_explain_themselves() -> None:
     g = PoolGeometry.of("max_pool2d", (2, 8, 8, 8), (2, 2), (2, 2), (0, 0), (1, 1), False)
-    for geometry in (g, conv()):
-        op = "max_pool2d" if geometry is g else "conv2d"
-        assert (
-            tuning.explain(op, "forward", geometry, FP32, "cpu", False)
-            == "rule: native reads channels_last, operands do not: aten"
-        )
+    strided = ConvGeometry.of("conv2d", (2, 8, 9, 9), (8, 8, 3, 3), None, (2, 2), (1, 1), (1, 1), 1)
+    for op, geometry, first in (
+        ("max_pool2d", g, "native"),
+        ("conv2d", conv(), "native winograd"),
+        ("conv2d", strided, "aten"),
+    ):
+        reason = tuning.explain(op, "forward", geometry, FP32, "cpu", False)
+        assert reason == f"rule: native reads channels_last, operands do not: {first}"
     assert tuning.explain("max_pool2d", "forward", g, FP32, CHIP, True).endswith("operands do: triton")
     assert tuning.explain(*call(channels_last=False)) == "rule: kernels of ours read channels_last, operands do not: aten"
     with tuning.forcing(call(), ATEN):
