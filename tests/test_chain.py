@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import CONVS, DTYPES, TRITON_CONVS, ConvCase, ids
+from cases import DTYPES, ids
 from tolerances import assert_close
 from torch import Tensor
 from torch.func import grad, vmap
@@ -19,12 +19,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastconv
 import fastconv.functional as FC
-from fastconv import backends, reference
-from fastconv.backends import aten
+from fastconv import reference
 from fastconv.bench.gate import may_transform
 from fastconv.functional import ConvLayer
 from fastconv.geometry import ConvGeometry
-from fastconv.precision import Policy
 
 ops = torch.ops.fastconv
 CHANNELS_LAST = torch.channels_last
@@ -364,46 +362,3 @@ def test_maps_are_given_up_on_the_way_down() -> None:
     with _Watch() as watch:
         y.sum().backward()
     assert watch.alive == [0, 0, 0, 0]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
-@pytest.mark.parametrize(
-    ("backend", "case"),
-    [
-        *((backend, case) for backend in ("native", "aten") for case in CONVS if case.padding not in ("same", "valid")),
-        *(("triton", case) for case in TRITON_CONVS if case.name in ("3x3", "3x3_s2_odd", "odd_channels")),
-    ],
-    ids=lambda value: value if isinstance(value, str) else ids(value),
-)
-def test_launchers(backend: str, case: ConvCase, dtype: torch.dtype) -> None:
-    stride, padding, dilation = ((v, v) if isinstance(v, int) else v for v in case.args[:3])
-    g = ConvGeometry.of("conv", case.input, case.weight, None, stride, padding, dilation, case.groups)
-    x, weight, grad = (
-        torch.randn(shape).to(dtype).to(memory_format=CHANNELS_LAST) for shape in (case.input, case.weight, g.output_shape)
-    )
-    x = x.relu()
-    wide, policy = Policy(torch.float64), Policy(dtype)
-    launchers = backends.load(backend)
-    exact = aten.conv2d_input_grad(grad.double(), weight.double(), g, wide).masked_fill(x <= 0, 0)
-    terms = g.taps * g.group_out_channels
-    transformed = backend == "native" and may_transform("cpu", weight.shape[2:], stride)
-    for masked, bias in (
-        launchers.conv2d_input_grad_relu(grad, weight, x, g, policy, with_bias=True),
-        launchers.conv2d_backward_relu(grad, x, weight, g, policy, with_bias=True)[::2],
-        launchers.conv2d_input_grad_relu(grad, weight, x, g, policy, with_bias=False),
-        launchers.conv2d_backward_relu(grad, x, weight, g, policy, with_bias=False)[::2],
-    ):
-        assert_close(masked, exact, dtype, terms, "masked", transformed=transformed)
-        if bias is not None:
-            scale = exact.square().sum((0, 2, 3)).mean().sqrt().item()
-            assert_close(bias, exact.sum((0, 2, 3)), dtype, terms * g.batch * g.height * g.width, "bias", scale=scale)
-    grad_weight = launchers.conv2d_backward_relu(grad, x, weight, g, policy, with_bias=True)[1]
-    assert_close(
-        grad_weight,
-        aten.conv2d_weight_grad(grad.double(), x.double(), g, wide),
-        dtype,
-        g.out_pixels,
-        "weight",
-        transformed=transformed,
-    )
-    assert bias is None

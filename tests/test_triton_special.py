@@ -173,7 +173,7 @@ def test_nonfinite_values_reach_what_they_are_multiplied_with(name: str, dtype: 
     pooled, _ = _oracle(aten.conv2d_relu_max_pool2d, x, weight, None, g, pool, policy)
     assert expected.isnan().any() and expected.isinf().any() and expected.isfinite().any()
     for plan in _plans("conv2d_relu", "forward", g, policy):
-        y = triton.conv2d(x, weight, None, None, g, policy, True, plan)
+        y = triton.conv2d(x, weight, None, None, g, policy, True, plan=plan)
         assert_close(y.cpu(), expected, dtype, terms, str(plan))
     for plan in _plans("conv2d_relu_max_pool2d", "forward", g, policy):
         y, _ = triton.conv2d_relu_max_pool2d(x, weight, None, g, pool, policy, plan)
@@ -235,7 +235,7 @@ def test_epilogues_are_torchs(channels: int, groups: int, dtype: torch.dtype) ->
     g, policy = ConvGeometry.of("conv", x.shape, weight.shape, None, (1, 1), (0, 0), (1, 1), groups), Policy(dtype)
     expected = values.repeat_interleave(channels // groups, dim=1).contiguous(memory_format=torch.channels_last)
     for plan in _plans("conv2d_relu", "forward", g, policy):
-        y = triton.conv2d(x, weight, None, None, g, policy, True, plan)
+        y = triton.conv2d(x, weight, None, None, g, policy, True, plan=plan)
         torch.testing.assert_close(y, expected.relu(), rtol=0, atol=0, equal_nan=True, msg=str(plan))
     pool = _pool(g)
     pooled, expected_code = aten.max_pool2d(expected, pool, relu=True)
@@ -285,7 +285,7 @@ def test_more_than_2_31_elements(groups: int) -> None:
     near = ConvGeometry.of("conv", seen.shape, weight.shape, None, (1, 1), (0, 0), (1, 1), groups)
     expected = _oracle(aten.conv2d, seen, weight, None, None, near, policy, False)
     for plan in _plans("conv2d", "forward", g, policy):
-        y = triton.conv2d(x, weight, None, None, g, policy, False, plan)
+        y = triton.conv2d(x, weight, None, None, g, policy, False, plan=plan)
         assert_close(y.cpu(), expected, dtype, 16 // groups, str(plan))
     grad = _random(g.output_shape, dtype)
     expected = _oracle(aten.conv2d_weight_grad, grad, seen, near, policy)
@@ -305,7 +305,7 @@ def test_depthwise_rows_end_with_the_map(shape: tuple[int, int, int, int], monke
     g = ConvGeometry.of("conv", shape, weight.shape, None, (1, 1), (1, 1), (1, 1), shape[1])
     policy = Policy(torch.float32)
     plan = next(p for p in triton_candidates("conv2d", "forward", g, policy, chip(x.device)) if p.kernel == "depthwise")
-    triton.conv2d(x, weight, None, None, g, policy, False, plan)
+    triton.conv2d(x, weight, None, None, g, policy, False, plan=plan)
     assert not buffer[:size].isnan().any() and buffer[size:].isnan().all()
 
 
@@ -345,9 +345,9 @@ def _launches(g: ConvGeometry, policy: Policy) -> list[Any]:
         for shape in (g.input_shape, g.weight_shape, g.output_shape)
     )
     launchers = {
-        ("conv2d", "forward"): lambda plan: triton.conv2d(x, weight, None, None, g, policy, True, plan),
+        ("conv2d", "forward"): lambda plan: triton.conv2d(x, weight, None, None, g, policy, True, plan=plan),
         ("conv2d_relu_max_pool2d", "forward"): lambda plan: triton.conv2d_relu_max_pool2d(
-            x, weight, None, g, _pool(g), policy, plan
+            x, weight, None, g, _pool(g), policy, plan=plan
         ),
         ("conv2d", "input_grad"): lambda plan: triton.conv2d_input_grad(grad, weight, g, policy, plan),
         ("conv2d", "weight_grad"): lambda plan: triton.conv2d_weight_grad(grad, x, g, policy, plan),

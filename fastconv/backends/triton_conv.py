@@ -34,8 +34,8 @@ def conv2d(
     g: ConvGeometry,
     policy: Policy,
     relu: bool,
-    prepared: Tensor | None = None,
     plan: Candidate | None = None,
+    prepared: Tensor | None = None,
 ) -> Tensor:
     x, weight = nhwc(x), nhwc(weight)
     if residual is not None:
@@ -51,8 +51,8 @@ def conv2d_relu_max_pool2d(
     g: ConvGeometry,
     pool: PoolGeometry,
     policy: Policy,
-    prepared: Tensor | None = None,
     plan: Candidate | None = None,
+    prepared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if not pool.is_2x2:
         return max_pool2d(conv2d(x, weight, bias, None, g, policy, relu=False), pool, relu=True)

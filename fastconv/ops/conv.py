@@ -167,8 +167,8 @@ def conv2d_prepared(
     launchers = launchers_for(backend, name, "forward", g, input, layout)
     arithmetic = policy(input.dtype, input.device.type)
     if pool is None:
-        return dense(launchers.conv2d(input, weight, bias, residual, g, arithmetic, relu, prepared), layout)
-    return dense(launchers.conv2d_relu_max_pool2d(input, weight, bias, g, pool, arithmetic, prepared)[0], layout)
+        return dense(launchers.conv2d(input, weight, bias, residual, g, arithmetic, relu, prepared=prepared), layout)
+    return dense(launchers.conv2d_relu_max_pool2d(input, weight, bias, g, pool, arithmetic, prepared=prepared)[0], layout)
 
 
 @operator(
