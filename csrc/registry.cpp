@@ -18,7 +18,7 @@ STABLE_TORCH_LIBRARY(fastconv_native, m) {
       "int groups, bool relu) -> Tensor");
   m.def(
       "winograd_conv2d(Tensor x, Tensor weight, Tensor? bias, Tensor? residual, Tensor(a!) output, Tensor(b!)? code, "
-      "int[2] size, int[2] padding, bool relu, bool turned, Tensor? filters) -> ()");
+      "int[2] size, int[2] padding, bool relu, bool turned, Tensor? filters=None) -> ()");
   m.def("winograd_filters(Tensor weight, Tensor(a!) filters) -> ()");
   m.def("winograd_weight_grad(Tensor grad, Tensor x, Tensor(a!) weight_grad, int[2] padding) -> ()");
   m.def(

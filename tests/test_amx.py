@@ -20,7 +20,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from fastconv.backends import aten, native_amx, native_conv
+from fastconv.backends import aten, native_amx, native_conv, native_conv3x3
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 
@@ -150,7 +150,7 @@ class Emulated:
 @pytest.fixture
 def emulated(compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Emulated]:
     stand_in = Emulated(compiled)
-    monkeypatch.setattr(native_amx, "kernel", stand_in)
+    monkeypatch.setattr(native_conv3x3, "kernel", stand_in)
     yield stand_in
 
 
@@ -189,7 +189,7 @@ class TestKernels:
             x, weight = draw(*g.input_shape), draw(*g.weight_shape)
             bias = draw(g.out_channels) if with_bias else None
             residual = draw(*g.output_shape) if with_residual else None
-            actual = native_amx.conv2d(x, weight, bias, residual, g, relu)
+            actual = native_amx.KERNELS.conv2d(x, weight, bias, residual, g, relu)
             wide = [t if t is None else t.double() for t in (x, weight, bias, residual)]
             expected = aten.conv2d(*wide, g, WIDE, relu)
             if draw is whole:
@@ -206,7 +206,7 @@ class TestKernels:
         assert native_conv._fuses(pool)
         for draw in (random, whole):
             x, weight, bias = draw(*g.input_shape), draw(*g.weight_shape), draw(g.out_channels)
-            output, code = native_amx.conv2d_relu_max_pool2d(x, weight, bias, g, pool)
+            output, code = native_amx.KERNELS.conv2d_relu_max_pool2d(x, weight, bias, g, pool)
             before = aten.conv2d(x.double(), weight.double(), bias.double(), None, g, WIDE, False)
             expected, expected_code = aten.max_pool2d(before, pool, relu=True)
             if draw is whole:
@@ -220,8 +220,8 @@ class TestKernels:
         g = geometry(case)
         for draw in (random, whole):
             x, weight, grad = draw(*g.input_shape), draw(*g.weight_shape), draw(*g.output_shape)
-            input_grad = native_amx.conv2d_input_grad(grad, weight, g)
-            weight_grad = native_amx.conv2d_weight_grad(grad, x, g)
+            input_grad = native_amx.KERNELS.conv2d_input_grad(grad, weight, g)
+            weight_grad = native_amx.KERNELS.conv2d_weight_grad(grad, x, g)
             expected_input = aten.conv2d_input_grad(grad.double(), weight.double(), g, WIDE)
             expected_weight = aten.conv2d_weight_grad(grad.double(), x.double(), g, WIDE)
             if draw is whole:
@@ -234,10 +234,10 @@ class TestKernels:
 
 def every_kernel(g: ConvGeometry, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) -> list[Tensor]:
     return [
-        native_amx.conv2d(x, weight, bias, grad, g, True),
-        *native_amx.conv2d_relu_max_pool2d(x, weight, bias, g, pool_of(g, True)),
-        native_amx.conv2d_input_grad(grad, weight, g),
-        native_amx.conv2d_weight_grad(grad, x, g),
+        native_amx.KERNELS.conv2d(x, weight, bias, grad, g, True),
+        *native_amx.KERNELS.conv2d_relu_max_pool2d(x, weight, bias, g, pool_of(g, True)),
+        native_amx.KERNELS.conv2d_input_grad(grad, weight, g),
+        native_amx.KERNELS.conv2d_weight_grad(grad, x, g),
     ]
 
 
@@ -262,8 +262,8 @@ def test_determinism(emulated: Emulated, case: str) -> None:
 def test_no_images(emulated: Emulated) -> None:
     g = ConvGeometry.of("test", (0, 8, 12, 12), (16, 8, 3, 3), None, (1, 1), (1, 1), (1, 1), 1)
     x, grad, weight = random(*g.input_shape), random(*g.output_shape), random(*g.weight_shape)
-    assert native_amx.conv2d(x, weight, None, None, g, False).shape == g.output_shape
-    assert native_amx.conv2d_weight_grad(grad, x, g).eq(0).all()
+    assert native_amx.KERNELS.conv2d(x, weight, None, None, g, False).shape == g.output_shape
+    assert native_amx.KERNELS.conv2d_weight_grad(grad, x, g).eq(0).all()
 
 
 def test_nan_and_rounding(emulated: Emulated) -> None:
@@ -273,16 +273,16 @@ def test_nan_and_rounding(emulated: Emulated) -> None:
         x, weight = random(*g.input_shape), random(*g.weight_shape)
         x[0, 5, 2, 3] = torch.nan
         wide = aten.conv2d(x.double(), weight.double(), None, None, g, WIDE, False)
-        assert torch.equal(native_amx.conv2d(x, weight, None, None, g, True).isnan(), wide.isnan())
+        assert torch.equal(native_amx.KERNELS.conv2d(x, weight, None, None, g, True).isnan(), wide.isnan())
         pool = pool_of(g, False)
-        output, code = native_amx.conv2d_relu_max_pool2d(x, weight, None, g, pool)
+        output, code = native_amx.KERNELS.conv2d_relu_max_pool2d(x, weight, None, g, pool)
         expected, expected_code = aten.max_pool2d(wide, pool, relu=True)
         assert torch.equal(output.isnan(), expected.isnan())
         assert torch.equal(code[output.isnan()], expected_code[output.isnan()])
         weight.zero_()[:, 0, 1, 1] = 1
         x.zero_()[0, 0] = 256
         bias = torch.tensor([1.0, 3.0, 0.99, 2.0] * 8).bfloat16()
-        rounded = native_amx.conv2d(x, weight, bias, None, g, False)[0, :, 1, 1]
+        rounded = native_amx.KERNELS.conv2d(x, weight, bias, None, g, False)[0, :, 1, 1]
         assert rounded.tolist() == [256, 260, 256, 258] * 8
 
 

@@ -80,15 +80,15 @@ def test_when_they_are_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
         return ConvGeometry.of("test", shape, weight, None, (stride, stride), (padding, padding), (1, 1), groups)
 
     def first(g: ConvGeometry, direction: str = "forward", policy: Policy = BFLOAT16) -> str:
-        return cpu.algorithms("conv2d", direction, g, policy)[0]
+        return cpu.algorithms(direction, g, policy)[0]
 
     monkeypatch.setattr(cpu, "_has_amx", lambda: True)
     assert first(of(14)) == first(of(14), "weight_grad") == first(of(56), "input_grad") == "amx"
     assert first(of(14), "input_grad") == first(of(14, channels=8)) == ""
-    assert cpu.algorithms("conv2d", "input_grad", of(14), BFLOAT16) == ("", "amx")
+    assert cpu.algorithms("input_grad", of(14), BFLOAT16) == ("", "amx")
     assert first(of(14), policy=Policy(torch.bfloat16, direct=True)) == "amx", "AMX sums products as they are"
     for other in (of(14, stride=2), of(14, groups=2), of(14, kernel=5), of(14, padding=3)):
-        assert cpu.algorithms("conv2d", "forward", other, BFLOAT16) == ("",)
+        assert cpu.algorithms("forward", other, BFLOAT16) == ("",)
     for dtype in (torch.float32, torch.float16):
         assert "amx" not in cpu.algorithms("conv2d", "forward", of(56), Policy(dtype))
     monkeypatch.setattr(cpu, "_has_amx", lambda: False)

@@ -310,4 +310,4 @@ def test_ieee_sums_directly() -> None:
             output = fastconv.functional.conv2d(x, weight, None, 1, 1)
         errors[mode] = ((output.double() - exact).norm() / exact.norm()).item()
     assert errors["ieee"] < 0.7 * errors["fast"]
-    assert cpu.algorithms("conv2d", "forward", geometry("by tiles"), Policy(torch.float32, direct=True)) == ("",)
+    assert cpu.algorithms("forward", geometry("by tiles"), Policy(torch.float32, direct=True)) == ("",)

@@ -1,4 +1,4 @@
-// Units of work shared among torch's threads, and memory for the length of a call.
+// Units of work shared among torch's threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -6,25 +6,8 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <memory>
-#include <new>
 
 namespace fastconv {
-
-// Floats at a cache line's boundary, uninitialised. A call has its own: nothing is kept, calls of several threads do not meet.
-class Scratch {
- public:
-  explicit Scratch(int64_t floats) : data_(static_cast<float*>(::operator new(std::max<int64_t>(floats, 1) * 4, kLine))) {}
-
-  float* at(int64_t offset) const { return data_.get() + offset; }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  struct Free {
-    void operator()(float* data) const { ::operator delete(data, kLine); }
-  };
-  std::unique_ptr<float, Free> data_;
-};
 
 inline int64_t threads() { return torch::stable::get_num_threads(); }
 

@@ -36,4 +36,13 @@ InstructionSet instruction_set() {
   return chosen;
 }
 
+bool multiplies_bfloat16() {
+#if defined(__x86_64__)
+  static const bool supported = instruction_set() == InstructionSet::kAvx512 && __builtin_cpu_supports("avx512bf16");
+  return supported;
+#else
+  return false;
+#endif
+}
+
 }  // namespace fastconv

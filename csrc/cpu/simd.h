@@ -23,6 +23,9 @@ enum class InstructionSet { kDefault, kAvx2, kAvx512 };
 // What this process runs; torch's own ATEN_CPU_CAPABILITY lowers it.
 InstructionSet instruction_set();
 
+// Whether it may use AVX-512's instructions for pairs of bfloat16.
+bool multiplies_bfloat16();
+
 template <class Body>
 void run_default(const Body& body, int64_t begin, int64_t end) {
   body(begin, end);
@@ -67,8 +70,8 @@ struct Chunks {
   static Chunks of(int64_t items, int64_t cost, int64_t most) {
     constexpr int64_t kWorthAThread = 16384;
     const int64_t worth = kWorthAThread / std::max<int64_t>(cost, 1);
-    const int64_t size = std::max({(items + most - 1) / std::max<int64_t>(most, 1), worth, int64_t{1}});
-    return {items, size, (items + size - 1) / size};
+    const int64_t size = std::max({ceil_div(items, std::max<int64_t>(most, 1)), worth, int64_t{1}});
+    return {items, size, ceil_div(items, size)};
   }
 
   int64_t begin(int64_t chunk) const { return chunk * size; }

@@ -18,16 +18,16 @@ struct Axis {
 
   FASTCONV_INLINE Taps taps(int64_t window) const {
     const int64_t start = window * stride - padding;
-    const int64_t begin = start < 0 ? (-start + dilation - 1) / dilation : 0;
+    const int64_t begin = start < 0 ? ceil_div(-start, dilation) : 0;
     const int64_t room = size - start;
-    const int64_t end = std::min(kernel, (room + dilation - 1) / dilation);
+    const int64_t end = std::min(kernel, ceil_div(room, dilation));
     return {begin, std::max(begin, end), start};
   }
 
   // The windows [begin, end) that reach over a pixel; with dilation not all of them have a tap on it.
   FASTCONV_INLINE int64_t first_window(int64_t pixel) const {
     const int64_t beyond = pixel + padding - dilation * (kernel - 1);
-    return beyond > 0 ? (beyond + stride - 1) / stride : 0;
+    return beyond > 0 ? ceil_div(beyond, stride) : 0;
   }
 
   FASTCONV_INLINE int64_t last_window(int64_t pixel) const { return std::min(windows, (pixel + padding) / stride + 1); }

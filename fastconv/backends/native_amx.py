@@ -1,4 +1,4 @@
-"""bfloat16 convolutions on Intel's AMX, by products of tiles: their launchers.
+"""bfloat16 convolutions on Intel's AMX, by products of tiles.
 
 They differ from other kernels in one thing: subnormal inputs count as zero, and subnormal results become zero, as AMX's
 instructions have it. Taps outside the map are products with zero, so an infinite or NaN weight, or gradient, at the edge of
@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from functools import cache
 
-from torch import Tensor
-
-from fastconv.backends.native_library import dense, empty, kernel, library
+from fastconv.backends.native_conv3x3 import Conv3x3
+from fastconv.backends.native_library import library
 from fastconv.backends.native_library import unavailable as library_unavailable
-from fastconv.geometry import ConvGeometry, PoolGeometry
+
+KERNELS = Conv3x3("amx")
 
 
 @cache
@@ -25,49 +25,3 @@ def unavailable() -> str | None:
     if not library().build_info()["amx"]:
         return "the compiled library has no AMX kernels: its compiler does not know AMX"
     return None if library().has_amx() else "this process has no AMX"
-
-
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, relu: bool) -> Tensor:
-    output = empty(x, g.output_shape)
-    if residual is not None:
-        residual = dense(residual)
-    _conv(x, weight, bias, residual, output, None, g.output_shape[2:], g.padding, relu, False)
-    return output
-
-
-def conv2d_relu_max_pool2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry
-) -> tuple[Tensor, Tensor]:
-    """Winners are those of the float32 sums, before they are rounded."""
-    output = empty(x, pool.output_shape)
-    code = empty(x, pool.output_shape, pool.code_dtype)
-    _conv(x, weight, bias, None, output, code, g.output_shape[2:], g.padding, True, False)
-    return output, code
-
-
-def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
-    input_grad = empty(grad, g.input_shape)
-    _conv(grad, weight, None, None, input_grad, None, g.input_shape[2:], (2 - g.pad_h, 2 - g.pad_w), False, True)
-    return input_grad
-
-
-def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry) -> Tensor:
-    weight_grad = empty(grad, g.weight_shape)
-    kernel("amx_weight_grad")(dense(grad), dense(x), weight_grad, g.padding)
-    return weight_grad
-
-
-def _conv(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    output: Tensor,
-    code: Tensor | None,
-    size: tuple[int, ...],
-    padding: tuple[int, int],
-    relu: bool,
-    turned: bool,
-) -> None:
-    bias = None if bias is None else bias.contiguous()
-    kernel("amx_conv2d")(dense(x), dense(weight), bias, residual, output, code, size, padding, relu, turned)

@@ -9,23 +9,24 @@ from torch import Tensor
 
 from fastconv import tuning
 from fastconv.backends import aten, chip, native_amx, native_first, native_winograd
+from fastconv.backends.native_conv3x3 import Conv3x3
 from fastconv.backends.native_library import dense, kernel, unavailable
 from fastconv.backends.native_passes import masked, max_pool2d, max_pool2d_backward, relu_backward
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy, torchs_convolution
 from fastconv.tuning import cpu
 
-# Each has conv2d, conv2d_relu_max_pool2d and conv2d_weight_grad; all but the first conv2d_input_grad.
-_KERNELS = {cpu.FIRST: native_first, cpu.AMX: native_amx, cpu.WINOGRAD: native_winograd}
+_Kernels = ModuleType | Conv3x3  # conv2d, conv2d_relu_max_pool2d and conv2d_weight_grad; of 3×3 ones conv2d_input_grad too
+_KERNELS: dict[str, _Kernels] = {cpu.FIRST: native_first, cpu.AMX: native_amx.KERNELS, cpu.WINOGRAD: native_winograd.KERNELS}
 
 
-def _kernels(op: str, direction: str, g: ConvGeometry, policy: Policy) -> ModuleType | None:
+def _kernels(op: str, direction: str, g: ConvGeometry, policy: Policy) -> _Kernels | None:
     """Whose kernels serve a call; None is oneDNN's."""
     return _kernels_for(op, direction, g, policy, torch.get_num_threads())
 
 
 @tuning.cached_unless_watched
-def _kernels_for(op: str, direction: str, g: ConvGeometry, policy: Policy, threads: int) -> ModuleType | None:
+def _kernels_for(op: str, direction: str, g: ConvGeometry, policy: Policy, threads: int) -> _Kernels | None:
     order = (c.kernel for c in tuning.pick(op, direction, g, policy, chip("cpu")) if c.backend == "native")
     return _KERNELS.get(next((name for name in order if name != cpu.AMX or native_amx.unavailable() is None), cpu.ONEDNN))
 
@@ -46,8 +47,8 @@ def conv2d(
     prepared: Tensor | None = None,
 ) -> Tensor:
     kernels = _kernels("conv2d_relu" if relu else "conv2d", "forward", g, policy)
-    if kernels is native_winograd:
-        return native_winograd.conv2d(x, weight, bias, residual, g, relu, prepared)
+    if kernels is native_winograd.KERNELS:
+        return native_winograd.KERNELS.conv2d(x, weight, bias, residual, g, relu, prepared)
     if kernels is not None:
         output: Tensor = kernels.conv2d(x, weight, bias, residual, g, relu)
         return output
@@ -75,8 +76,8 @@ def conv2d_relu_max_pool2d(
     prepared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     kernels = _kernels("conv2d_relu_max_pool2d", "forward", g, policy) if _fuses(pool) else None
-    if kernels is native_winograd:
-        return native_winograd.conv2d_relu_max_pool2d(x, weight, bias, g, pool, prepared)
+    if kernels is native_winograd.KERNELS:
+        return native_winograd.KERNELS.conv2d_relu_max_pool2d(x, weight, bias, g, pool, prepared)
     if kernels is not None:
         output, code = kernels.conv2d_relu_max_pool2d(x, weight, bias, g, pool)
         return output, code

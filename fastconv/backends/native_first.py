@@ -1,4 +1,8 @@
-"""First layers on a CPU: direct sums, and gradients straight from a ReLU's output or from the code of a pool."""
+"""First layers on a CPU: direct sums, and gradients straight from a ReLU's output or from the code of a pool.
+
+Where AVX-512 multiplies pairs of bfloat16, subnormal bfloat16 inputs, sums and results count as zero, as the instructions
+have it.
+"""
 
 from __future__ import annotations
 
@@ -33,6 +37,7 @@ def _forward(
     g: ConvGeometry,
     relu: bool,
 ) -> None:
+    bias = None if bias is None else bias.contiguous()
     size = (g.out_height, g.out_width)
     kernel("first_conv2d")(dense(x), dense(weight), bias, residual, output, code, size, g.stride, g.padding, relu)
 

@@ -12,7 +12,7 @@ from fastconv import nn as fast
 def freeze(model: nn.Module) -> nn.Module:
     """A copy of `model` for inference on a CPU, in which what can be computed of weights beforehand is.
 
-    Of each 3×3 convolution of fastconv.nn (stride 1, no dilation, one group) of up to 65,536 pairs of channels the copy
+    Of each 3×3 convolution of fastconv.nn (stride 1, no dilation, one group) of up to 16,384 pairs of channels the copy
     holds the weight's transform for Winograd's algorithm, in float32 four times as many elements as the weight has, which
     spares each call that transform. (Larger ones are faster transformed again than read.)
     All else is a deep copy in evaluation mode, whose parameters require no gradient. Later changes of `model` do not show

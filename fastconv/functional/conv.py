@@ -114,7 +114,7 @@ def conv2d_relu_max_pool2d(
 def prepare_conv2d(weight: Tensor, stride: IntPair = 1, dilation: IntPair = 1, groups: int = 1) -> Tensor | None:
     """What `conv2d_prepared` can be spared of a weight, None where that is nothing.
 
-    On a CPU: the transform of a 3×3 weight (stride 1, dilation 1, one group, up to 65,536 pairs of channels) for Winograd's
+    On a CPU: the transform of a 3×3 weight (stride 1, dilation 1, one group, up to 16,384 pairs of channels) for Winograd's
     algorithm, float32, four times as many elements as the weight has, laid out for the instruction set of this process. It
     holds the weight's values of now: later changes of the weight do not show in it.
     """
@@ -140,6 +140,8 @@ def conv2d_prepared(
 ) -> Tensor:
     """`conv2d`, `conv2d_relu` where `relu`, or `conv2d_relu_max_pool2d` of 2×2 windows where `max_pool`; inference only.
 
+    Where autocast casts the weight, `prepared` is not used: it belongs to the weight as it was.
+
     Args:
         input, weight, bias, stride, padding, dilation, groups, residual: as in `conv2d_relu`.
         prepared: `prepare_conv2d` of this weight.
@@ -156,6 +158,12 @@ def conv2d_prepared(
         raise RuntimeError(f"{op}: relu must be True with a residual or a max_pool, got relu={relu}")
     if max_pool and residual is not None:
         raise RuntimeError(f"{op}: a residual is not served with max_pool=True")
+    cast = precision.autocast(weight)
+    if cast is not weight:
+        layer = (input, cast, bias, stride, padding, dilation, groups)
+        if max_pool:
+            return conv2d_relu_max_pool2d(*layer, pool_kernel_size=2)
+        return conv2d_relu(*layer, residual=residual) if relu else conv2d(*layer)
     (x, w, b, r), args, batched = _conv_operands(op, input, weight, bias, residual, stride, padding, dilation, groups)
     output = autograd.conv2d_prepared(x, w, prepared, b, r, args, relu, max_pool, backends.requested())
     return output if batched else output.squeeze(0)

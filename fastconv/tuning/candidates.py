@@ -61,7 +61,7 @@ def candidates(
         native: tuple[Candidate, ...] = (NATIVE,)
         is_first = channels_last or "max_pool2d" in op
         if isinstance(g, ConvGeometry) and op in _CONVOLUTIONS and direction != "bias_grad":
-            algorithms = cpu.algorithms(op, direction, g, policy)
+            algorithms = cpu.algorithms(direction, g, policy)
             native = tuple(Candidate("native", algorithm) for algorithm in algorithms)
             is_first = is_first or cpu.gains_in_nchw(direction, g, policy, algorithms[0])
         return (*native, ATEN) if is_first else (ATEN, *native)

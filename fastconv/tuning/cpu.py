@@ -21,18 +21,16 @@ _INPUT, _OUTPUT, _FILTER = 900, 600, 250
 _POINTS, _TILE = 36, 4
 # What the kernels for first layers are compiled and tested for; of more channels oneDNN fills vectors.
 _FIRST_CHANNELS, _FIRST_SIDE = 4, 11
-# Elements of a filter from which on oneDNN's bfloat16 instructions outweigh what fusing ReLU into a first layer spares.
-_FIRST_ELEMENTS = 64
 # What oneDNN computes in the time of a float32 multiply-add where bfloat16 has instructions of its own: of wide layers 2.
 _NATIVE_BFLOAT16 = 1.4
 
 
-def algorithms(op: str, direction: str, g: ConvGeometry, policy: Policy) -> tuple[str, ...]:
+def algorithms(direction: str, g: ConvGeometry, policy: Policy) -> tuple[str, ...]:
     """Every algorithm that can serve, in the order of a count of multiply-adds."""
     if policy.dtype == torch.float64:
         return (ONEDNN,)
     if direction != "input_grad" and first_serves(g):
-        return (ONEDNN, FIRST) if _fills_bfloat16(op, g, policy) else (FIRST, ONEDNN)
+        return (FIRST, ONEDNN)
     if not is_plain_3x3(g):
         return (ONEDNN,)
     if policy.dtype == torch.bfloat16 and _has_amx():
@@ -56,12 +54,6 @@ def first_serves(g: ConvGeometry) -> bool:
     """Few input channels, neither dilated nor grouped."""
     plain = g.groups == 1 and g.dilation == (1, 1)
     return plain and g.in_channels <= _FIRST_CHANNELS and max(g.kernel_height, g.kernel_width) <= _FIRST_SIDE
-
-
-def _fills_bfloat16(op: str, g: ConvGeometry, policy: Policy) -> bool:
-    """Whether a first layer keeps oneDNN's bfloat16 instructions busy, and there is no pool to fuse either."""
-    native = policy.dtype == torch.bfloat16 and _has_bfloat16()
-    return native and op != "conv2d_relu_max_pool2d" and g.in_channels * g.taps > _FIRST_ELEMENTS
 
 
 def is_plain_3x3(g: ConvGeometry) -> bool:

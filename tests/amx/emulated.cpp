@@ -17,7 +17,7 @@ void* operator new(std::size_t size, std::align_val_t alignment) {
 void operator delete(void* memory, std::align_val_t) noexcept { std::free(memory); }
 
 // sizes: batch, height, width, channels, out_height, out_width, out_channels, pad_h, pad_w
-static WinogradSizes sizes_of(const int64_t* s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]}; }
+static Conv3x3Sizes sizes_of(const int64_t* s) { return {s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7], s[8]}; }
 
 extern "C" {
 
@@ -25,8 +25,8 @@ void conv(
     const BFloat16* x, const BFloat16* weight, const BFloat16* bias, const BFloat16* residual, BFloat16* y, uint8_t* code,
     const int64_t* sizes, int64_t pooled_height, int64_t pooled_width, int relu, int turned, int64_t threads) {
   torch::stable::thread_count() = threads;
-  const WinogradSizes s = sizes_of(sizes);
-  const WinogradFilter<BFloat16> filter{
+  const Conv3x3Sizes s = sizes_of(sizes);
+  const Conv3x3Filter<BFloat16> filter{
       weight, turned ? s.channels : s.out_channels, turned ? s.out_channels : s.channels, turned != 0};
   amx::conv({s, x, filter, {y, code, bias, residual, relu != 0, pooled_height, pooled_width}});
 }

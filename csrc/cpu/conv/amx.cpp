@@ -2,6 +2,7 @@
 #include "amx.h"
 
 #if FASTCONV_AMX
+#include "../memory.h"
 #include "../parallel.h"
 
 namespace fastconv::amx {
@@ -43,7 +44,7 @@ void conv_by_gathering(const Pass& pass, const BFloat16* filters) {
 
 // Chunks of pixels one after the other; in each, units are taps and parts of the input channels.
 void weight_grad_by_taps(const WeightGrad& pass) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const Taps plan = Taps::of(s);
   constexpr int64_t kTurned = 256;  // pixels of a unit
   const Scratch turned_memory(floats(plan.turned(s))), sums(plan.pixels <= plan.chunk ? 0 : gradient_sums(s));
@@ -65,7 +66,7 @@ void weight_grad_by_taps(const WeightGrad& pass) {
 
 // Runs of pieces at the same time, each with sums of its own, which are then added in order.
 void weight_grad_by_shifts(const WeightGrad& pass) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const Shifts plan = Shifts::of(s);
   const Scratch sums(plan.runs * gradient_sums(s));
   const Workers workers(plan.runs);
@@ -81,7 +82,7 @@ void weight_grad_by_shifts(const WeightGrad& pass) {
 }  // namespace
 
 void conv(const Pass& pass) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const Scratch memory(floats(panels(s) * packed_panel(s)));
   BFloat16* const filters = elements(memory.at(0));
   Workers(panels(s) * 9).run([&](int64_t unit, int64_t) {
@@ -92,7 +93,7 @@ void conv(const Pass& pass) {
 }
 
 void weight_grad(const WeightGrad& pass) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   if (s.batch == 0) {
     std::fill_n(pass.weight_grad, s.out_channels * 9 * s.channels, BFloat16{0});
     return;

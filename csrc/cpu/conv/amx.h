@@ -4,7 +4,7 @@
 // amx.cpp shares units out; amx_kernels.cpp holds what they do, and alone is compiled for AMX.
 #pragma once
 
-#include "winograd.h"
+#include "conv3x3.h"
 
 // Whether the compiler knows AMX: those that do bring its header.
 #if !defined(FASTCONV_AMX) && defined(__x86_64__) && defined(__linux__) && defined(__has_include)
@@ -18,21 +18,20 @@
 
 namespace fastconv::amx {
 
-using Pass = WinogradPass<BFloat16>;  // forward pass or input gradient
-using WeightGrad = WinogradWeightGrad<BFloat16>;
+using Pass = Conv3x3Pass<BFloat16>;  // forward pass or input gradient
+using WeightGrad = Conv3x3WeightGrad<BFloat16>;
 
 constexpr int64_t kBlock = 32;       // a product's sums are [32, 32]: four tiles
 constexpr int64_t kTilePixels = 16;  // rows of a tile
 constexpr int64_t kTileElements = 512;
 constexpr int64_t kBlockElements = 2 * kTileElements;  // 32 rows of a left factor, or 32 columns of a right one, of 32 products
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t blocks(int64_t count) { return ceil_div(count, kBlock); }
 
 // Elements of the packed filter of a panel of 32 outputs: [9 taps, blocks of channels, 2 halves, 16 pairs, 16 outputs, 2].
-inline int64_t packed_panel(const WinogradSizes& s) { return 9 * blocks(s.channels) * kBlockElements; }
+inline int64_t packed_panel(const Conv3x3Sizes& s) { return 9 * blocks(s.channels) * kBlockElements; }
 
-inline int64_t panels(const WinogradSizes& s) { return blocks(s.out_channels); }
+inline int64_t panels(const Conv3x3Sizes& s) { return blocks(s.out_channels); }
 
 // Bands of rows of one image, copied with zeros around and channels filled up to whole blocks; from there tiles are read as
 // they lie: 16 positions of the copy one after the other, whose rows are `pitch` positions. A band is worked on in strips
@@ -43,7 +42,7 @@ struct Bands {
 
   static Bands of(const Pass& pass) {
     constexpr int64_t kSums = 256, kCopy = 1 << 18, kUnits = 32;  // positions of a strip, elements of a copy
-    const WinogradSizes& s = pass.sizes;
+    const Conv3x3Sizes& s = pass.sizes;
     const int64_t pitch = s.out_width + 2, height = used_rows(pass);
     if (s.batch * height == 0) return {};
     const int64_t fit = kSums / pitch / 2 * 2, strip = fit < 2 ? 2 : fit;
@@ -60,7 +59,7 @@ struct Bands {
     return pass.output.code != nullptr && pooled < height ? pooled : height;
   }
 
-  int64_t copy(const WinogradSizes& s) const {
+  int64_t copy(const Conv3x3Sizes& s) const {
     return ((rows + 2) * pitch + kTilePixels) * blocks(s.channels) * kBlock;
   }
   int64_t sums() const { return (strip * pitch + kTilePixels) * kBlock; }
@@ -73,7 +72,7 @@ struct Gathers {
 
   static Gathers of(const Pass& pass) {
     constexpr int64_t kTiles = 8, kUnits = 8;
-    const WinogradSizes& s = pass.sizes;
+    const Conv3x3Sizes& s = pass.sizes;
     const int64_t pixels = pass.output.code == nullptr
                                ? s.batch * s.out_height * s.out_width
                                : 4 * s.batch * pass.output.pooled_height * pass.output.pooled_width;
@@ -83,7 +82,7 @@ struct Gathers {
     return {pixels, of_chunk, ceil_div(tiles, of_chunk), groups < panels(s) ? groups : panels(s)};
   }
 
-  int64_t gathered(const WinogradSizes& s) const { return tiles * 9 * blocks(s.channels) * kTileElements; }
+  int64_t gathered(const Conv3x3Sizes& s) const { return tiles * 9 * blocks(s.channels) * kTileElements; }
   int64_t sums() const { return tiles * kTilePixels * kBlock; }
 };
 
@@ -93,13 +92,13 @@ struct Gathers {
 struct Taps {
   int64_t pixels, chunk, part, parts;  // pixels of all and of a chunk; input channels of a unit
 
-  static Taps of(const WinogradSizes& s) {
+  static Taps of(const Conv3x3Sizes& s) {
     constexpr int64_t kChunk = 2048, kPart = 128;
     const int64_t pixels = s.batch * s.out_height * s.out_width, all = blocks(pixels) * kBlock;
     return {pixels, all < kChunk ? all : kChunk, kPart, ceil_div(s.channels, kPart)};
   }
 
-  int64_t turned(const WinogradSizes& s) const { return blocks(s.out_channels) * kBlock * chunk; }
+  int64_t turned(const Conv3x3Sizes& s) const { return blocks(s.out_channels) * kBlock * chunk; }
   int64_t paired() const { return chunk * part; }
 };
 
@@ -110,7 +109,7 @@ struct Shifts {
   int64_t pitch, rows, bands, positions, pairs;  // of a piece: rows, output positions in blocks, pairs of input positions
   int64_t pieces, together, runs;
 
-  static Shifts of(const WinogradSizes& s) {
+  static Shifts of(const Conv3x3Sizes& s) {
     constexpr int64_t kPrepared = 1 << 19, kPositions = 1024, kSums = 1 << 16, kLeast = 4, kMost = 16;
     const int64_t c = blocks(s.channels) * kBlock, k = blocks(s.out_channels) * kBlock, pitch = s.out_width + 2;
     const int64_t fit = kPrepared / (pitch * (2 * c + k)) - 2, rows = fit < 1 ? 1 : fit < s.out_height ? fit : s.out_height;
@@ -121,16 +120,16 @@ struct Shifts {
             pieces, together, pieces < wanted ? pieces : wanted};
   }
 
-  int64_t turned(const WinogradSizes& s) const { return blocks(s.out_channels) * kBlock * positions; }
-  int64_t paired(const WinogradSizes& s) const { return 2 * blocks(s.channels) * kBlock * 2 * pairs; }
+  int64_t turned(const Conv3x3Sizes& s) const { return blocks(s.out_channels) * kBlock * positions; }
+  int64_t paired(const Conv3x3Sizes& s) const { return 2 * blocks(s.channels) * kBlock * 2 * pairs; }
 };
 
 // Floats of the sums of a weight gradient, [9 taps, output channels, input channels] in whole blocks.
-inline int64_t gradient_sums(const WinogradSizes& s) {
+inline int64_t gradient_sums(const Conv3x3Sizes& s) {
   return 9 * blocks(s.out_channels) * blocks(s.channels) * kBlock * kBlock;
 }
 
-void pack_filter(const WinogradFilter<BFloat16>& filter, int64_t panel, int64_t tap, BFloat16* packed);
+void pack_filter(const Conv3x3Filter<BFloat16>& filter, int64_t panel, int64_t tap, BFloat16* packed);
 
 void conv_band(const Pass& pass, const Bands& plan, int64_t unit, const BFloat16* filters, BFloat16* copy, float* sums);
 void conv_gathered(const Pass& pass, const Gathers& plan, int64_t unit, const BFloat16* filters, BFloat16* left, float* sums);

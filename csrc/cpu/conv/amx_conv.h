@@ -105,7 +105,7 @@ FASTCONV_INLINE void write_window(const Pass& pass, const Outputs& outputs, int6
 
 // Input rows from `row` on (of the map, from −pad_h), with zeros around and after.
 inline void copy_band(const Pass& pass, int64_t image, int64_t row, int64_t rows, int64_t pitch, BFloat16* to) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const int64_t width = blocks(s.channels) * kBlock, bytes = sizeof(BFloat16);
   const BFloat16* const x = pass.x + image * s.height * s.width * s.channels;
   for (int64_t i = 0; i < rows; ++i, to += pitch * width) {
@@ -133,7 +133,7 @@ inline void copy_band(const Pass& pass, int64_t image, int64_t row, int64_t rows
 // The outputs of a strip of `rows` rows, whose sums lie `pitch` pixels a row.
 inline void write_strip(
     const Pass& pass, const Outputs& outputs, int64_t image, int64_t row, int64_t rows, int64_t pitch, const float* sums) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const ConvOutput<BFloat16>& out = pass.output;
   if (out.code == nullptr) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -156,7 +156,7 @@ inline void write_strip(
 }
 
 void conv_band(const Pass& pass, const Bands& plan, int64_t unit, const BFloat16* filters, BFloat16* copy, float* sums) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const int64_t band = unit / plan.groups, group = unit % plan.groups, height = Bands::used_rows(pass);
   const int64_t image = band / plan.count, first = band % plan.count * plan.rows;
   const int64_t end = least(height, first + plan.rows), width = blocks(s.channels) * kBlock;
@@ -210,12 +210,12 @@ struct Pixel {
     return {place / width / height, place / width % height * scale + tap / 2, place % width * scale + tap % 2};
   }
 
-  FASTCONV_INLINE bool inside(const WinogradSizes& s) const { return row < s.out_height && column < s.out_width; }
+  FASTCONV_INLINE bool inside(const Conv3x3Sizes& s) const { return row < s.out_height && column < s.out_width; }
 };
 
 // The 9 neighbours of `count` pixels from `first` on, whole tiles of them.
 inline void gather(const Pass& pass, int64_t first, int64_t count, BFloat16* left) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const int64_t of_channels = blocks(s.channels);
   for (int64_t i = 0; i < (count + kTilePixels - 1) / kTilePixels * kTilePixels; ++i) {
     BFloat16* to = left + i / kTilePixels * 9 * of_channels * kTileElements + i % kTilePixels * kBlock;
@@ -233,7 +233,7 @@ inline void gather(const Pass& pass, int64_t first, int64_t count, BFloat16* lef
 
 void conv_gathered(
     const Pass& pass, const Gathers& plan, int64_t unit, const BFloat16* filters, BFloat16* left_factor, float* sums) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const int64_t first = unit / plan.groups * plan.tiles * kTilePixels, group = unit % plan.groups;
   const int64_t count = least(plan.pixels - first, plan.tiles * kTilePixels);
   const int64_t tiles = (count + kTilePixels - 1) / kTilePixels, of_tile = 9 * blocks(s.channels) * kTileElements;

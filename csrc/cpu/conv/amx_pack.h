@@ -56,7 +56,7 @@ FASTCONV_INLINE void turn_rows(const BFloat16* const (&rows)[kBlock], int64_t co
 }
 
 // The filter of one tap. Outputs are rows of memory and channels columns; where it is turned, the other way round.
-void pack_filter(const WinogradFilter<BFloat16>& f, int64_t panel, int64_t tap, BFloat16* packed) {
+void pack_filter(const Conv3x3Filter<BFloat16>& f, int64_t panel, int64_t tap, BFloat16* packed) {
   const int64_t first = panel * kBlock, channels = f.turned ? f.rows : f.columns;
   const int64_t outputs = least(kBlock, (f.turned ? f.columns : f.rows) - first);
   const BFloat16* const weight = f.weight + (f.turned ? 8 - tap : tap) * f.columns;

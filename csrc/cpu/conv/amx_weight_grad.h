@@ -82,7 +82,7 @@ void turn_grad(const WeightGrad& pass, const Taps& plan, int64_t block, int64_t 
 void add_tap(
     const WeightGrad& pass, const Taps& plan, int64_t unit, int64_t first, const BFloat16* turned, BFloat16* paired,
     float* sums) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const int64_t tap = unit / plan.parts, c0 = unit % plan.parts * plan.part, channels = least(plan.part, s.channels - c0);
   const int64_t count = least(plan.chunk, plan.pixels - first), pixels = blocks(count) * kBlock, half = pixels / 2 * kBlock;
 
@@ -128,7 +128,7 @@ void add_tap(
 
 // The gradient of a piece at every position, zero at those beside the map.
 inline void turn_piece(const WeightGrad& pass, const Shifts& plan, int64_t image, int64_t first, int64_t rows, BFloat16* turned) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   int64_t row = 0, column = 0;
   for (int64_t p = 0; p < plan.positions; p += kBlock) {
     const BFloat16* pixels[kBlock];
@@ -149,7 +149,7 @@ inline void turn_piece(const WeightGrad& pass, const Shifts& plan, int64_t image
 
 // The input of a piece in pairs of positions: from an even one on, and from an odd one on.
 inline void pair_piece(const WeightGrad& pass, const Shifts& plan, int64_t image, int64_t first, int64_t rows, BFloat16* paired) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const int64_t half = plan.pairs * kBlock, phase = 2 * blocks(s.channels) * half;
   int64_t row = 0, column = 0;
   const auto next = [&]() FASTCONV_INLINE_LAMBDA {
@@ -179,7 +179,7 @@ inline void pair_piece(const WeightGrad& pass, const Shifts& plan, int64_t image
 }
 
 void sum_run(const WeightGrad& pass, const Shifts& plan, int64_t run, BFloat16* turned, BFloat16* paired, float* sums) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const int64_t end = plan.pieces * (run + 1) / plan.runs, start = plan.pieces * run / plan.runs;
   const int64_t all_k = blocks(s.out_channels) * kBlock, all_c = blocks(s.channels) * kBlock;
   const int64_t half = plan.pairs * kBlock, phase = 2 * blocks(s.channels) * half;
@@ -207,7 +207,7 @@ void sum_run(const WeightGrad& pass, const Shifts& plan, int64_t run, BFloat16* 
 }
 
 void add_runs(const WeightGrad& pass, const Shifts& plan, int64_t k, const float* sums) {
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const int64_t all_k = blocks(s.out_channels) * kBlock, all_c = blocks(s.channels) * kBlock, set = gradient_sums(s);
   for (int64_t tap = 0; tap < 9; ++tap) {
     for (int64_t c = 0; c < s.channels; c += kWidth) {

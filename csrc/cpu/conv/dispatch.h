@@ -18,4 +18,14 @@ const Kernels<T>& kernels() {
   if constexpr (std::is_same_v<T, Half>) return *all->of_half;
 }
 
+template <class T>
+const FirstKernels<T>& first_kernels() {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    if (multiplies_bfloat16()) return avx512_bf16::kFirst;
+  }
+#endif
+  return kernels<T>().first;
+}
+
 }  // namespace fastconv

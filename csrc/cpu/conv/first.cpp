@@ -1,5 +1,6 @@
 // How a first layer's convolution is cut into units of work: strips of an image's rows.
 #include "../operators.h"
+#include "../memory.h"
 #include "../parallel.h"
 #include "../tensors.h"
 #include "dispatch.h"
@@ -7,8 +8,6 @@
 namespace fastconv {
 
 namespace {
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Strips {
   FirstSizes sizes;
@@ -27,18 +26,25 @@ struct Strips {
   }
 };
 
-// [panels, taps, panel] of weights [K, taps], zeros for channels that are none. Returns whether all are finite.
+// Packs weights [K, KH, run], with zeros for what fills panels and lanes up. Returns whether all are finite.
 template <class T>
-bool pack(const T* weight, const FirstSizes& s, int64_t panels, int64_t panel, float* packed) {
+bool pack(const T* weight, const FirstSizes& s, const FirstKernels<T>& k, float* packed) {
   constexpr uint32_t kExponent = 0x7f800000u;
+  const int64_t run = s.run(), steps = ceil_div(run, k.step);
   bool finite = true;
-  std::fill_n(packed + (panels - 1) * s.taps() * panel, s.taps() * panel, 0.0f);
-  for (int64_t k = 0; k < s.out_channels; ++k) {
-    float* const to = packed + k / panel * s.taps() * panel + k % panel;
+  std::fill_n(packed, k.panels(s) * k.packed(s), 0.0f);
+  for (int64_t output = 0; output < s.out_channels; ++output) {
+    float* const to = packed + output / k.panel * k.packed(s) + output % k.panel;
     for (int64_t t = 0; t < s.taps(); ++t) {
-      const float value = load(weight[k * s.taps() + t]);
-      finite &= (bits_of(value) & kExponent) != kExponent;
-      to[t * panel] = value;
+      const uint32_t bits = bits_of(load(weight[output * s.taps() + t]));
+      const int64_t element = t % run;
+      float& lane = to[(t / run * steps + element / k.step) * k.panel];
+      finite &= (bits & kExponent) != kExponent;
+      if (k.step == 1) {
+        lane = float_of(bits);
+      } else {
+        lane = float_of(bits_of(lane) | (element % 2 == 0 ? bits >> 16 : bits));
+      }
     }
   }
   return finite;
@@ -46,11 +52,11 @@ bool pack(const T* weight, const FirstSizes& s, int64_t panels, int64_t panel, f
 
 template <class T>
 void conv(FirstPass<T> pass, const T* weight) {
-  const FirstKernels<T>& k = kernels<T>().first;
+  const FirstKernels<T>& k = first_kernels<T>();
   const FirstSizes& s = pass.sizes;
-  const Scratch filter(k.panels(s) * s.taps() * k.panel);
+  const Scratch filter(k.panels(s) * k.packed(s));
   pass.filter = filter.at(0);
-  pass.finite = pack(weight, s, k.panels(s), k.panel, filter.at(0));
+  pass.finite = pack(weight, s, k, filter.at(0));
   constexpr int64_t kRows = 4;  // of which the image's rows that are read, few more, are brought to float32
   const Strips strips = Strips::of(s, kRows);
   const int64_t size = ceil_div(k.forward_memory(s, strips.rows), 16) * 16;
@@ -64,7 +70,7 @@ template <class T>
 void weight_grad(const FirstWeightGrad<T>& pass) {
   constexpr int64_t kSums = int64_t{1} << 20, kLeastRuns = 8, kMostRuns = 64;
   constexpr int64_t kBlock = 128, kPixels = 192;  // a panel's gradient of so many pixels stays in the first cache
-  const FirstKernels<T>& k = kernels<T>().first;
+  const FirstKernels<T>& k = first_kernels<T>();
   const FirstSizes& s = pass.sizes;
   const Strips strips = Strips::of(s, kPixels / std::min(kBlock, s.out_width));
   const int64_t set = k.panels(s) * (s.taps() + 1) * k.panel + 16;

@@ -26,7 +26,7 @@ template <class T>
 struct FirstPass {
   FirstSizes sizes;
   const T* x;
-  const float* filter;  // [panels, taps, panel]
+  const float* filter;  // as FirstKernels has it
   bool finite;          // whether all weights are
   ConvOutput<T> output;
 };
@@ -49,8 +49,11 @@ template <class T>
 struct FirstKernels {
   int64_t panel;    // output channels that are worked on together
   int64_t columns;  // of a forward's block of pixels
+  int64_t step;     // elements of a kernel row in a lane of the packed filter: one float32, or two bfloat16
 
-  int64_t panels(const FirstSizes& s) const { return (s.out_channels + panel - 1) / panel; }
+  int64_t panels(const FirstSizes& s) const { return ceil_div(s.out_channels, panel); }
+  // Floats of a panel of the packed filter, [KH, elements of a kernel row / step, panel].
+  int64_t packed(const FirstSizes& s) const { return s.kernel_h * ceil_div(s.run(), step) * panel; }
   int64_t forward_memory(const FirstSizes& s, int64_t rows) const { return s.rows_read(rows) * s.padded() + 2 * columns * panel; }
   int64_t grad_memory(const FirstSizes& s, int64_t rows, int64_t block) const {
     return s.rows_read(rows) * s.padded() + rows * block * panel;

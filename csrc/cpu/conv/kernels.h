@@ -19,6 +19,9 @@ struct KernelsOfAllTypes {
 };
 
 #if defined(__x86_64__)
+namespace avx512_bf16 {
+extern const FirstKernels<BFloat16> kFirst;
+}
 namespace avx512 {
 extern const KernelsOfAllTypes kKernels;
 }

@@ -80,10 +80,14 @@ FASTCONV_INLINE Lanes<T> narrow(V v) {
   if constexpr (std::is_same_v<T, float>) {
     return v;
   } else if constexpr (std::is_same_v<T, BFloat16>) {
+#if FASTCONV_PAIRS
+    return (VH)_mm512_cvtneps_pbh(v);  // subnormal values become zero
+#else
     const VU bits = (VU)v;
     const VU rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const VU quiet = (bits >> 16) | 0x0040u;
     return __builtin_convertvector((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded, VH);
+#endif
   } else {
 #if FASTCONV_VECTOR_BYTES == 64
     return (VH)_mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

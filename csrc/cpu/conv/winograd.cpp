@@ -1,8 +1,8 @@
 // How a Winograd convolution is cut into units of work; docs/cpu.md draws it. What a unit is may depend on the number of
 // threads, the order of a sum may not.
-#include "../operators.h"
+#include "../memory.h"
 #include "../parallel.h"
-#include "../tensors.h"
+#include "conv3x3_operands.h"
 #include "dispatch.h"
 
 namespace fastconv {
@@ -10,8 +10,6 @@ namespace fastconv {
 namespace {
 
 constexpr int64_t kFewTiles = 8;  // worth a unit that only transforms
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Tiles part(int64_t index, int64_t size, int64_t total) { return {index * size, std::min(size, total - index * size)}; }
 
@@ -35,7 +33,7 @@ struct Filters {
 };
 
 template <class T>
-void transform_filters(const WinogradFilter<T>& filter, const Filters& to, float* filters) {
+void transform_filters(const Conv3x3Filter<T>& filter, const Filters& to, float* filters) {
   const WinogradKernels<T>& k = kernels<T>().winograd;
   constexpr int64_t kRows = 64;
   const int64_t blocks = ceil_div(to.channels, kRows);
@@ -48,9 +46,9 @@ void transform_filters(const WinogradFilter<T>& filter, const Filters& to, float
 // Each unit is a block of tiles, from input to output, and reads a filter that was transformed before, by all. The block and
 // its products stay in the second cache, the filter in the third.
 template <class T>
-void conv_by_tiles(const WinogradPass<T>& pass, float* prepared) {
+void conv_by_tiles(const Conv3x3Pass<T>& pass, float* prepared) {
   const WinogradKernels<T>& k = kernels<T>().winograd;
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   const Filters u = Filters::of<T>(s.channels, s.out_channels);
   const Scratch own(prepared == nullptr ? u.size() : 0);
   float* const filters = prepared == nullptr ? own.at(0) : prepared;
@@ -58,13 +56,13 @@ void conv_by_tiles(const WinogradPass<T>& pass, float* prepared) {
 
   constexpr int64_t kCacheFloats = 150'000;
   const int64_t room = kCacheFloats / (36 * (s.channels + 16 + k.panel)) / 12 * 12;
-  const int64_t block = std::clamp<int64_t>(std::min(room, ceil_div(s.tiles(), threads())), 12, 96);
+  const int64_t block = std::clamp<int64_t>(std::min(room, ceil_div(count_tiles(s), threads())), 12, 96);
   const Planes v = Planes::of(block, s.channels), m = Planes::of(block, k.panel);
-  const Workers workers(ceil_div(s.tiles(), block));
+  const Workers workers(ceil_div(count_tiles(s), block));
   const Scratch memory(workers.count() * (v.size() + m.size()));
   workers.run([&](int64_t unit, int64_t worker) {
     const Planes inputs = v.at(memory.at(worker * (v.size() + m.size()))), products = m.at(inputs.data + v.size());
-    const Tiles here = part(unit, block, s.tiles());
+    const Tiles here = part(unit, block, count_tiles(s));
     k.input(s, pass.x, here, 0, s.channels, inputs);
     for (int64_t panel = 0; panel < u.panels; ++panel) {
       k.multiply(here.count, s.channels, inputs, u.at(filters, panel), products, false);
@@ -76,12 +74,12 @@ void conv_by_tiles(const WinogradPass<T>& pass, float* prepared) {
 // Inputs are transformed first, by all; each unit is a panel of outputs for a part of the tiles, and transforms its filters as
 // it goes, a block of channels at a time: no transformed filter goes through memory, which would take longer.
 template <class T>
-void conv_by_panels(const WinogradPass<T>& pass) {
+void conv_by_panels(const Conv3x3Pass<T>& pass) {
   const WinogradKernels<T>& k = kernels<T>().winograd;
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   constexpr int64_t kChunk = 256, kPart = 128, kRows = 64;
   const int64_t panels = ceil_div(s.out_channels, k.panel);
-  const int64_t chunk = std::min(s.tiles(), kChunk);
+  const int64_t chunk = std::min(count_tiles(s), kChunk);
   const int64_t size = std::min(kPart, std::max<int64_t>(24, ceil_div(chunk * panels, 2 * threads())));
   const int64_t parts = ceil_div(chunk, size);
   const Planes v = Planes::of(chunk, s.channels);
@@ -90,8 +88,8 @@ void conv_by_panels(const WinogradPass<T>& pass) {
   const Planes all = v.at(inputs.at(0));
   const Workers workers(parts * panels);
   const Scratch memory(workers.count() * (u.size() + m.size()));
-  for (int64_t first = 0; first < s.tiles(); first += chunk) {
-    const int64_t count = std::min(chunk, s.tiles() - first);
+  for (int64_t first = 0; first < count_tiles(s); first += chunk) {
+    const int64_t count = std::min(chunk, count_tiles(s) - first);
     Workers(ceil_div(count, kFewTiles)).run([&](int64_t unit, int64_t) {
       const Tiles here = part(unit, kFewTiles, count);
       k.input(s, pass.x, {first + here.first, here.count}, 0, s.channels, shifted(all, here.first, 0));
@@ -114,19 +112,22 @@ void conv_by_panels(const WinogradPass<T>& pass) {
 // A transformed filter is read again for each block of tiles: it has to lie in a cache.
 bool lies_in_a_cache(int64_t channels, int64_t out_channels) { return channels * out_channels <= 256 * 256; }
 
+// Larger ones of a net's many layers are not there any more at the next call: to read them takes as long as to make them.
+bool pays_prepared(int64_t channels, int64_t out_channels) { return channels * out_channels <= 128 * 128; }
+
 // And to be worth its transform, unless that was done before.
-bool filter_fits(const WinogradSizes& s, bool prepared) {
-  return lies_in_a_cache(s.channels, s.out_channels) && (prepared || s.tiles() >= 128);
+bool filter_fits(const Conv3x3Sizes& s, bool prepared) {
+  return lies_in_a_cache(s.channels, s.out_channels) && (prepared || count_tiles(s) >= 128);
 }
 
 // Each unit sums a run of tiles into planes of its own. Runs are as many as sizes say, whatever the number of threads.
 template <class T>
-void weight_grad_by_tiles(const WinogradWeightGrad<T>& pass) {
+void weight_grad_by_tiles(const Conv3x3WeightGrad<T>& pass) {
   const WinogradKernels<T>& k = kernels<T>().winograd;
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   constexpr int64_t kBlock = 64, kMostRuns = 16, kRows = 16;
   const int64_t panels = ceil_div(s.channels, k.panel);
-  const int64_t blocks = ceil_div(s.tiles(), kBlock), runs = std::clamp<int64_t>(blocks / 8, 1, kMostRuns);
+  const int64_t blocks = ceil_div(count_tiles(s), kBlock), runs = std::clamp<int64_t>(blocks / 8, 1, kMostRuns);
   const Planes v = Planes::of(kBlock, panels * k.panel), g = Planes::of(kBlock, s.out_channels);
   const Planes sums = Planes::packed(s.out_channels, k.panel);
   const int64_t set = panels * sums.size();
@@ -137,7 +138,7 @@ void weight_grad_by_tiles(const WinogradWeightGrad<T>& pass) {
     const Planes inputs = v.at(memory.at(worker * (v.size() + g.size()))), grads = g.at(inputs.data + v.size());
     const int64_t first = blocks * run / runs, last = blocks * (run + 1) / runs;
     for (int64_t block = first; block < last; ++block) {
-      const Tiles here = part(block, kBlock, s.tiles());
+      const Tiles here = part(block, kBlock, count_tiles(s));
       k.input(s, pass.x, here, 0, s.channels, inputs);
       k.grad(s, pass.grad, here, 0, s.out_channels, grads);
       for (int64_t panel = 0; panel < panels; ++panel) {
@@ -156,12 +157,12 @@ void weight_grad_by_tiles(const WinogradWeightGrad<T>& pass) {
 // Inputs and gradients of a chunk of tiles are transformed by all; each unit adds up a panel of input channels and a block of
 // output channels over the chunk.
 template <class T>
-void weight_grad_by_panels(const WinogradWeightGrad<T>& pass) {
+void weight_grad_by_panels(const Conv3x3WeightGrad<T>& pass) {
   const WinogradKernels<T>& k = kernels<T>().winograd;
-  const WinogradSizes& s = pass.sizes;
+  const Conv3x3Sizes& s = pass.sizes;
   constexpr int64_t kChunk = 128, kBlock = 128;
   const int64_t panels = ceil_div(s.channels, k.panel);
-  const int64_t chunk = std::min(s.tiles(), kChunk);
+  const int64_t chunk = std::min(count_tiles(s), kChunk);
   const int64_t wanted = ceil_div(s.out_channels * panels, 2 * threads()), multiple = ceil_div(wanted, 12) * 12;
   const int64_t block = std::min({s.out_channels, kBlock, multiple}), blocks = ceil_div(s.out_channels, block);
   const Planes v = Planes::of(chunk, panels * k.panel), g = Planes::of(chunk, s.out_channels);
@@ -169,10 +170,10 @@ void weight_grad_by_panels(const WinogradWeightGrad<T>& pass) {
   const Planes inputs = v.at(transformed.at(0)), grads = g.at(transformed.at(v.size()));
   const Planes sums = Planes::packed(block, k.panel);
   const Workers workers(panels * blocks);
-  const bool one = s.tiles() <= chunk;  // nothing to keep from chunk to chunk
+  const bool one = count_tiles(s) <= chunk;  // nothing to keep from chunk to chunk
   const Scratch memory(sums.size() * (one ? workers.count() : panels * blocks));
-  for (int64_t first = 0; first < s.tiles(); first += chunk) {
-    const int64_t count = std::min(chunk, s.tiles() - first);
+  for (int64_t first = 0; first < count_tiles(s); first += chunk) {
+    const int64_t count = std::min(chunk, count_tiles(s) - first);
     Workers(ceil_div(count, kFewTiles)).run([&](int64_t unit, int64_t) {
       const Tiles at = part(unit, kFewTiles, count), here{first + at.first, at.count};
       k.input(s, pass.x, here, 0, s.channels, shifted(inputs, at.first, 0));
@@ -183,13 +184,13 @@ void weight_grad_by_panels(const WinogradWeightGrad<T>& pass) {
       const int64_t k0 = unit % blocks * block, k1 = std::min(s.out_channels, k0 + block);
       const Planes to = sums.at(memory.at(sums.size() * (one ? worker : unit)));
       k.multiply_grad(count, k1 - k0, shifted(grads, 0, k0), shifted(inputs, 0, c0), to, first > 0);
-      if (first + count == s.tiles()) k.filter_grad(pass, k0, k1, c0, c1, to, 1, 0);
+      if (first + count == count_tiles(s)) k.filter_grad(pass, k0, k1, c0, c1, to, 1, 0);
     });
   }
 }
 
 // Sums of several runs cost memory and a pass over it: for few channels and many tiles.
-bool runs_pay(const WinogradSizes& s) { return s.channels * s.out_channels <= 64 * 64 && s.tiles() >= 1024; }
+bool runs_pay(const Conv3x3Sizes& s) { return s.channels * s.out_channels <= 64 * 64 && count_tiles(s) >= 1024; }
 
 }  // namespace
 
@@ -197,38 +198,22 @@ void winograd_conv2d(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
     const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& padding, bool relu, bool turned,
     const std::optional<Tensor>& filters) {
-  const Map from = map_of(x, "x"), filter = map_of(weight, "weight"), to = map_of(output, "output");
-  const auto dtype = x.scalar_type();
-  check_same(weight, "weight", filter, dtype);
-  check_same(output, "output", to, dtype);
-  check_bias(bias, to, dtype);
-  if (code) check_same(*code, "code", to, ScalarType::Byte);
-  if (residual) check_same(*residual, "residual", to, dtype);
-  const int64_t reduction = turned ? filter.batch : filter.channels, outputs = turned ? filter.channels : filter.batch;
-  STD_TORCH_CHECK(
-      filter.height == 3 && filter.width == 3 && reduction == from.channels && outputs == to.channels,
-      "fastconv_native: weight must be [K, C, 3, 3] with the channels of x and output");
-  const WinogradSizes sizes{from.batch, from.height, from.width, from.channels, size[0],
-                            size[1],    outputs,     padding[0], padding[1]};
-  by_dtype(dtype, [&](auto type) {
+  const Conv3x3Operands operands{x, weight, bias, residual, output, code, size, padding, relu, turned};
+  const Conv3x3Sizes sizes = operands.sizes();
+  by_dtype(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const WinogradPass<T> pass{
-        sizes,
-        read<T>(x),
-        {read<T>(weight), filter.batch, filter.channels, turned},
-        {write<T>(output), code ? write<uint8_t>(*code) : nullptr, bias ? read<T>(*bias) : nullptr,
-         residual ? read<T>(*residual) : nullptr, relu, to.height, to.width}};
+    const Conv3x3Pass<T> pass = operands.pass<T>(sizes);
     float* const prepared = filters ? write<float>(*filters) : nullptr;
     STD_TORCH_CHECK(
         !filters || (filters->scalar_type() == ScalarType::Float && filters->is_contiguous() &&
-                     filters->numel() == Filters::of<T>(reduction, outputs).size()),
+                     filters->numel() == Filters::of<T>(sizes.channels, sizes.out_channels).size()),
         "fastconv_native: filters must come from winograd_filters, for this weight");
     filter_fits(sizes, prepared != nullptr) ? conv_by_tiles(pass, prepared) : conv_by_panels(pass);
   });
 }
 
 int64_t winograd_filters_size(int64_t channels, int64_t out_channels) {
-  if (!lies_in_a_cache(channels, out_channels)) return 0;
+  if (!pays_prepared(channels, out_channels)) return 0;
   return Filters::of<float>(channels, out_channels).size();  // floats, whatever the weight's dtype
 }
 
@@ -241,27 +226,20 @@ void winograd_filters(const Tensor& weight, const Tensor& filters) {
       "fastconv_native: filters must hold as many floats as winograd_filters_size says");
   by_dtype(weight.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const WinogradFilter<T> from{read<T>(weight), filter.batch, filter.channels, false};
+    const Conv3x3Filter<T> from{read<T>(weight), filter.batch, filter.channels, false};
     transform_filters(from, Filters::of<T>(filter.channels, filter.batch), write<float>(filters));
   });
 }
 
 void winograd_weight_grad(const Tensor& grad, const Tensor& x, const Tensor& weight_grad, const Pair& padding) {
-  const Map to = map_of(grad, "grad"), from = map_of(x, "x"), filter = map_of(weight_grad, "weight_grad");
-  check_same(x, "x", from, grad.scalar_type());
-  check_same(weight_grad, "weight_grad", filter, grad.scalar_type());
-  STD_TORCH_CHECK(
-      filter.height == 3 && filter.width == 3 && filter.batch == to.channels && filter.channels == from.channels,
-      "fastconv_native: weight_grad must be [K, C, 3, 3] with the channels of grad and x");
-  const WinogradSizes sizes{from.batch, from.height, from.width, from.channels, to.height,
-                            to.width,   to.channels, padding[0], padding[1]};
+  const Conv3x3Sizes sizes = sizes_of_weight_grad(grad, x, weight_grad, padding);
   by_dtype(grad.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    if (sizes.tiles() == 0) {
-      std::fill_n(write<T>(weight_grad), filter.numel(), T{});
+    if (count_tiles(sizes) == 0) {
+      std::fill_n(write<T>(weight_grad), 9 * sizes.channels * sizes.out_channels, T{});
       return;
     }
-    const WinogradWeightGrad<T> pass{sizes, read<T>(x), read<T>(grad), write<T>(weight_grad)};
+    const Conv3x3WeightGrad<T> pass{sizes, read<T>(x), read<T>(grad), write<T>(weight_grad)};
     runs_pay(sizes) ? weight_grad_by_tiles(pass) : weight_grad_by_panels(pass);
   });
 }

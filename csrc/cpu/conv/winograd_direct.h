@@ -9,7 +9,7 @@ namespace fastconv::FASTCONV_ISA {
 
 // The weights of a tap and a reduction channel for `count` outputs from `first` on.
 template <class T>
-FASTCONV_INLINE V weights_of(const WinogradFilter<T>& f, int64_t tap, int64_t channel, int64_t first, int64_t count) {
+FASTCONV_INLINE V weights_of(const Conv3x3Filter<T>& f, int64_t tap, int64_t channel, int64_t first, int64_t count) {
   if (f.turned) return load(f.weight + (channel * 9 + 8 - tap) * f.columns + first, count);
   float lanes[kWidth] = {};
   for (int64_t i = 0; i < count; ++i) lanes[i] = fastconv::load(f.weight[((first + i) * 9 + tap) * f.columns + channel]);
@@ -19,8 +19,8 @@ FASTCONV_INLINE V weights_of(const WinogradFilter<T>& f, int64_t tap, int64_t ch
 // The output of one pixel (before bias) for `count` channels from `first` on.
 template <class T>
 __attribute__((noinline)) V direct_output(
-    const WinogradPass<T>& pass, int64_t image, int64_t row, int64_t column, int64_t first, int64_t count) {
-  const WinogradSizes& s = pass.sizes;
+    const Conv3x3Pass<T>& pass, int64_t image, int64_t row, int64_t column, int64_t first, int64_t count) {
+  const Conv3x3Sizes& s = pass.sizes;
   V sum{};
   for (int64_t tap = 0; tap < 9; ++tap) {
     const int64_t h = row + tap / 3 - s.pad_h, w = column + tap % 3 - s.pad_w;
@@ -34,8 +34,8 @@ __attribute__((noinline)) V direct_output(
 // The gradient of one tap of output channel k for `count` input channels from `first` on.
 template <class T>
 __attribute__((noinline)) V direct_weight_grad(
-    const WinogradWeightGrad<T>& pass, int64_t k, int64_t tap, int64_t first, int64_t count) {
-  const WinogradSizes& s = pass.sizes;
+    const Conv3x3WeightGrad<T>& pass, int64_t k, int64_t tap, int64_t first, int64_t count) {
+  const Conv3x3Sizes& s = pass.sizes;
   V sum{};
   for (int64_t image = 0; image < s.batch; ++image) {
     for (int64_t row = 0; row < s.out_height; ++row) {

@@ -14,8 +14,8 @@ struct Corner {
   int64_t image, row, column;
 };
 
-FASTCONV_INLINE Corner corner(const WinogradSizes& s, int64_t tile) {
-  const int64_t columns = s.tiles_w(), of_image = s.tiles_h() * columns;
+FASTCONV_INLINE Corner corner(const Conv3x3Sizes& s, int64_t tile) {
+  const int64_t columns = tiles_w(s), of_image = tiles_h(s) * columns;
   const int64_t rest = tile % of_image;
   return {tile / of_image, rest / columns * kTile, rest % columns * kTile};
 }
@@ -50,7 +50,7 @@ FASTCONV_INLINE void store_points(const V* points, Planes to, int64_t row, int64
 }
 
 template <class T>
-void transform_filter(const WinogradFilter<T>& f, int64_t first, int64_t r0, int64_t r1, Planes u) {
+void transform_filter(const Conv3x3Filter<T>& f, int64_t first, int64_t r0, int64_t r1, Planes u) {
   const int64_t outputs = f.turned ? f.columns : f.rows;
   for (int64_t half = 0; half < kPanel; half += kWidth) {
     const int64_t count = least(kWidth, outputs - first - half);
@@ -85,8 +85,8 @@ void transform_filter(const WinogradFilter<T>& f, int64_t first, int64_t r0, int
 }
 
 template <class T>
-void transform_input(const WinogradSizes& s, const T* x, Tiles tiles, int64_t c0, int64_t c1, Planes v) {
-  const int64_t end = c1 == s.channels ? (c1 + kPanel - 1) / kPanel * kPanel : c1;
+void transform_input(const Conv3x3Sizes& s, const T* x, Tiles tiles, int64_t c0, int64_t c1, Planes v) {
+  const int64_t end = c1 == s.channels ? ceil_div(c1, kPanel) * kPanel : c1;
   for (int64_t t = 0; t < tiles.count; ++t) {
     const Corner at = corner(s, tiles.first + t);
     const T* const image = x + at.image * s.height * s.width * s.channels;
@@ -113,7 +113,7 @@ void transform_input(const WinogradSizes& s, const T* x, Tiles tiles, int64_t c0
 }
 
 template <class T>
-void transform_grad(const WinogradSizes& s, const T* grad, Tiles tiles, int64_t k0, int64_t k1, Planes g) {
+void transform_grad(const Conv3x3Sizes& s, const T* grad, Tiles tiles, int64_t k0, int64_t k1, Planes g) {
   for (int64_t t = 0; t < tiles.count; ++t) {
     const Corner at = corner(s, tiles.first + t);
     const T* const image = grad + at.image * s.out_height * s.out_width * s.out_channels;
@@ -143,7 +143,7 @@ inline void multiply_grad(int64_t tiles, int64_t k, Planes g, Planes v, Planes s
 
 template <class T>
 FASTCONV_INLINE void write_pooled(
-    const WinogradOutput<T>& out, const WinogradSizes& s, const Corner& at, int64_t k, int64_t count, const V* values) {
+    const ConvOutput<T>& out, const Conv3x3Sizes& s, const Corner& at, int64_t k, int64_t count, const V* values) {
   for (int i = 0; i < kTile; i += 2) {
     for (int j = 0; j < kTile; j += 2) {
       const int64_t row = (at.row + i) / 2, column = (at.column + j) / 2;
@@ -165,7 +165,7 @@ FASTCONV_INLINE void write_pooled(
 
 template <class T>
 FASTCONV_INLINE void write_tile(
-    const WinogradOutput<T>& out, const WinogradSizes& s, const Corner& at, int64_t k, int64_t count, V* values) {
+    const ConvOutput<T>& out, const Conv3x3Sizes& s, const Corner& at, int64_t k, int64_t count, V* values) {
   const int64_t rows = least(kTile, s.out_height - at.row), columns = least(kTile, s.out_width - at.column);
   const int64_t first = ((at.image * s.out_height + at.row) * s.out_width + at.column) * s.out_channels + k;
   for (int64_t i = 0; i < rows; ++i) {
@@ -179,8 +179,8 @@ FASTCONV_INLINE void write_tile(
 }
 
 template <class T>
-void write_output(const WinogradPass<T>& pass, Tiles tiles, int64_t first, Planes m) {
-  const WinogradSizes& s = pass.sizes;
+void write_output(const Conv3x3Pass<T>& pass, Tiles tiles, int64_t first, Planes m) {
+  const Conv3x3Sizes& s = pass.sizes;
   for (int64_t t = 0; t < tiles.count; ++t) {
     const Corner at = corner(s, tiles.first + t);
     for (int64_t half = 0; half < kPanel && first + half < s.out_channels; half += kWidth) {
@@ -214,7 +214,7 @@ void write_output(const WinogradPass<T>& pass, Tiles tiles, int64_t first, Plane
 
 template <class T>
 void write_filter_grad(
-    const WinogradWeightGrad<T>& pass, int64_t k0, int64_t k1, int64_t c0, int64_t c1, Planes s, int64_t count,
+    const Conv3x3WeightGrad<T>& pass, int64_t k0, int64_t k1, int64_t c0, int64_t c1, Planes s, int64_t count,
     int64_t stride) {
   const int64_t channels = pass.sizes.channels;
   for (int64_t k = k0; k < k1; ++k) {
