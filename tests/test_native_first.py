@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import pytest
 import torch
 from tolerances import assert_close
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-import fastconv
-import fastconv.functional as FC
-from fastconv import nn
 from fastconv.backends import aten, native, native_first
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy

@@ -106,7 +106,9 @@ def test_what_fits_is_not_refused() -> None:
     call_weight_grad("winograd")
 
 
-@pytest.mark.parametrize("channels,size,kernel_size", [(64, 24, 3), (3, 24, 3), (16, 9, 5)], ids=["winograd", "first", "onednn"])
+@pytest.mark.parametrize(
+    "channels,size,kernel_size", [(64, 24, 3), (3, 24, 3), (16, 9, 5)], ids=["winograd", "first", "onednn"]
+)
 def test_operands_of_any_strides(channels: int, size: int, kernel_size: int) -> None:
     """Every other element of larger tensors, a turned map, and an expanded bias."""
     shape, weight_shape = (2, channels, size, size), (40, channels, kernel_size, kernel_size)
@@ -118,6 +120,8 @@ def test_operands_of_any_strides(channels: int, size: int, kernel_size: int) -> 
     for bias in (torch.randn(80)[::2], torch.randn(1).expand(40)):
         before = F.conv2d(x.double(), weight.double(), bias.double(), 1, padding)
         wanted = before.add(residual).relu().float()
-        torch.testing.assert_close(FC.conv2d_relu(x, weight, bias, 1, padding, residual=residual), wanted, atol=1e-3, rtol=1e-4)
+        torch.testing.assert_close(
+            FC.conv2d_relu(x, weight, bias, 1, padding, residual=residual), wanted, atol=1e-3, rtol=1e-4
+        )
         pool = FC.conv2d_relu_max_pool2d(x, weight, bias, 1, padding, pool_kernel_size=2)
         torch.testing.assert_close(pool, F.max_pool2d(before.relu(), 2).float(), atol=1e-3, rtol=1e-4)
