@@ -9,8 +9,10 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
+from fastconv import geometry, tuning
 from fastconv.backends import aten, native, native_norm
 from fastconv.geometry import PoolGeometry
+from fastconv.precision import Policy
 
 pytestmark = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
@@ -267,3 +269,13 @@ def test_kernels_refuse_other_operands() -> None:
         kernels.batch_norm_relu_backward(x, x, x, ones, ones, None, EPS, True, sums[:1], None, None)
     with pytest.raises(RuntimeError, match="sums are written where x is given"):
         kernels.batch_norm_relu_backward(x, x, x, ones, ones, None, EPS, True, None, None, None)
+
+
+def test_float16_is_left_to_torch_where_no_pool_follows() -> None:
+    g = geometry.single_elements("test", (8, 64, 56, 56))
+    for direction in ("forward", "backward"):
+        for dtype in DTYPES:
+            for op in ("batch_norm_relu", "batch_norm_relu_max_pool2d"):
+                first = tuning.candidates(op, direction, g, Policy(dtype), "cpu", channels_last=True)[0]
+                left = dtype == torch.float16 and op == "batch_norm_relu"
+                assert first.backend == ("aten" if left else "native"), (op, direction, dtype)

@@ -87,7 +87,7 @@ def test_every_algorithm_of_the_native_backend_is_measured(channels: int, op: st
     measurement = tune.measure(call, CPU, 1e-3, rounds=1)
     assert measurement.rejected == {}
     kernels = [candidate.kernel for candidate in measurement.timings if candidate.backend == "native"]
-    assert sorted(kernels) == sorted(cpu.algorithms(op, direction, g, policy)) and len(kernels) == 2
+    assert sorted(kernels) == sorted(cpu.algorithms(direction, g, policy)) and len(kernels) == 2
 
 
 @pytest.mark.parametrize("op_direction", CONVOLUTIONS, ids=" ".join)

@@ -56,10 +56,11 @@ def candidates(
     Kernels of ours read and write NHWC, so that an NCHW call pays one more pass over its input and one over its output,
     as much as fusing bias, ReLU or pool saves: such calls stay with torch's own. But for max-pools on a CPU, where torch's
     codes, computed from its indices, cost more than those passes, and for forwards that Winograd makes faster still.
+    Torch's own come first, too, where `tuning.cpu` knows them to be faster.
     """
     if is_cpu(chip):
         native: tuple[Candidate, ...] = (NATIVE,)
-        is_first = channels_last or "max_pool2d" in op
+        is_first = (channels_last or "max_pool2d" in op) and not cpu.loses_in_float16(op, policy)
         if isinstance(g, ConvGeometry) and op in _CONVOLUTIONS and direction != "bias_grad":
             algorithms = cpu.algorithms(direction, g, policy)
             native = tuple(Candidate("native", algorithm) for algorithm in algorithms)

@@ -50,6 +50,11 @@ def gains_in_nchw(direction: str, g: ConvGeometry, policy: Policy, algorithm: st
     return math.prod(g.input_shape) + math.prod(g.output_shape) >= math.prod(g.weight_shape)
 
 
+def loses_in_float16(op: str, policy: Policy) -> bool:
+    """Whether torch's kernels are faster, which convert float16 by instructions; a pool outweighs that."""
+    return op == "batch_norm_relu" and policy.dtype == torch.float16
+
+
 def first_serves(g: ConvGeometry) -> bool:
     """Few input channels, neither dilated nor grouped."""
     plain = g.groups == 1 and g.dilation == (1, 1)
