@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from benchmarks import cases, cpu, layer_trials, measure, memory, net_trials
 from benchmarks.cases import LayerCase, Net
 from benchmarks.measure import Effort
+from fastconv import nn as fast
 from fastconv.backends import native
 from fastconv.bench import gate, records
 from fastconv.bench.audit import Audit
@@ -104,6 +105,14 @@ def test_a_wrong_layer_gets_no_record(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("stride", [2, 4, 8])
+def test_pixels_that_no_window_reaches_are_no_measure_of_the_others(stride: int) -> None:
+    conv = fast.Conv2d(64, 256, 1, stride=stride)
+    with Audit() as audit:
+        conv(torch.randn(4, 64, 56, 56, requires_grad=True)).square().sum().backward()
+    assert audit.wrong is None and audit.calls == 3
+
+
 def test_codes_are_audited(monkeypatch: pytest.MonkeyPatch) -> None:
     right = native.max_pool2d
 
