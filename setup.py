@@ -75,7 +75,7 @@ HEADERS = (
     "csrc/cpu/tensors.h",
     "csrc/cpu/windows.h",
 )
-# -ffp-contract=off: every instruction set gives the same bits, whether or not it has fused multiply-adds.
+# -ffp-contract=off: element-wise passes give the same bits on every instruction set, with or without fused multiply-adds.
 # -fno-math-errno and -fno-trapping-math only free the vectoriser; NaN and infinities keep their meaning.
 FLAGS = ("-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
 # In place of -O3 -g0 under FASTCONV_SANITIZE: reports name lines and callers.

@@ -46,10 +46,11 @@ class Trial:
 
 
 class Effort(NamedTuple):
-    """How long to measure: at most so many rounds and, of each case, seconds."""
+    """How long to measure: at most so many rounds and, of each case, seconds; untimed calls before each timed one."""
 
     rounds: int
     seconds: float
+    settling: int = 0
 
 
 class Result(NamedTuple):
@@ -87,7 +88,8 @@ def measure(trial: Trial, effort: Effort, machine: Machine) -> Result:
     calls = {provider: trial.calls[provider] for provider in verdicts}
     if not calls:
         return Result(trial, {}, {}, refused)
-    timings = timing.compare(calls, rounds=effort.rounds, most_seconds=effort.seconds, warmup=2, fresh=trial.fresh)
+    rounds, seconds, settling = effort
+    timings = timing.compare(calls, rounds=rounds, most_seconds=seconds, warmup=2, fresh=trial.fresh, settling=settling)
     eager = next((timings[provider] for provider in timings if provider.startswith("eager")), None)
     records = {}
     for provider, taken in timings.items():

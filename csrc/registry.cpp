@@ -95,7 +95,7 @@ namespace {
 PyObject* cpu_capability(PyObject*, PyObject*) {
   switch (fastconv::instruction_set()) {
     case fastconv::InstructionSet::kAvx512:
-      return PyUnicode_FromString("AVX512");
+      return PyUnicode_FromString(fastconv::multiplies_bfloat16() ? "AVX512_BF16" : "AVX512");
     case fastconv::InstructionSet::kAvx2:
       return PyUnicode_FromString("AVX2");
     default:
@@ -125,7 +125,7 @@ PyObject* winograd_filters_size(PyObject*, PyObject* arguments) {
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS,
      "How this library was built: compiler, flags, kind, cuda, amx (whether it has kernels for it), torch (the headers' version)."},
-    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: 'AVX512', 'AVX2' or 'default'."},
+    {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: 'AVX512_BF16', 'AVX512', 'AVX2' or 'default'."},
     {"winograd_filters_size", winograd_filters_size, METH_VARARGS,
      "Floats of a weight [out_channels, channels, 3, 3] transformed by winograd_filters; 0 if that does not pay."},
     {"has_amx", has_amx, METH_NOARGS, "Whether this process may run the kernels for Intel's AMX."},

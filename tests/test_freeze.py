@@ -88,7 +88,7 @@ def test_it_is_a_snapshot() -> None:
             parameter.mul_(2)
     assert same(frozen, before) and not same(frozen, model)
     assert frozen.state_dict().keys() == model.state_dict().keys()
-    assert not any(p.requires_grad for p in frozen.parameters()) and not frozen.training
+    assert not any(p.requires_grad for p in frozen.parameters()) and not any(m.training for m in frozen.modules())
 
 
 def test_weights_are_prepared_anew() -> None:
@@ -133,6 +133,28 @@ def test_what_is_attached_to_a_layer_stays() -> None:
     frozen = fastconv.freeze(model)
     assert type(frozen[0]) is fast.ConvReLU2d and type(frozen[2]) is fast.FrozenConv2d
     assert same(frozen, model) and len(calls) == 2
+
+
+@pytest.mark.parametrize("shape", [(129, 128, 3, 3), (64, 3, 3, 3), (24, 24, 5, 5)], ids=["large", "first", "5x5"])
+def test_layers_of_which_nothing_can_be_prepared_stay(shape: tuple[int, ...]) -> None:
+    conv = fast.ConvReLU2d(shape[1], shape[0], shape[2], padding=1)
+    frozen = fastconv.freeze(nn.Sequential(conv))[0]
+    assert type(frozen) is fast.ConvReLU2d and frozen is not conv and not frozen.training
+    assert not fastconv.freeze(conv).training and not fastconv.freeze(fast.Conv2d(16, 16, 3)).training
+
+
+def test_layers_that_are_no_longer_prepared_check_alike() -> None:
+    pooled = fastconv.freeze(fast.ConvReLUMaxPool2d(16, 16, 3, padding=1, pool_kernel_size=2))
+    plain = fastconv.freeze(fast.Conv2d(16, 16, 3, padding=1))
+    x = torch.randn(2, 16, 8, 8)
+    for frozen, other in ((pooled, copy.deepcopy(pooled).double()), (plain, copy.deepcopy(plain).double())):
+        assert frozen.prepared is not None and other.prepared is None
+        torch.testing.assert_close(other(x.double()).float(), frozen(x))
+        for layer, dtype in ((frozen, x.dtype), (other, torch.float64)):
+            with pytest.raises(RuntimeError, match="residual"):
+                layer(x.to(dtype), frozen(x).to(dtype))
+            with pytest.raises(RuntimeError, match="no derivative"):
+                layer(x.to(dtype, copy=True).requires_grad_())
 
 
 def test_a_layer_in_two_places_stays_one() -> None:

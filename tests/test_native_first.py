@@ -245,7 +245,7 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
             ), name
 
 
-@pytest.mark.parametrize("capability", ["avx2", "default"])
+@pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
 def test_other_instruction_sets(capability: str) -> None:
     """The same tests again, on a process that is kept from this machine's best instructions."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}

@@ -73,6 +73,7 @@ def pooled(height: int, width: int) -> dict[str, Tensor]:
         ({"residual": maps(2, 24, 9, 9)}, "residual has a wrong size"),
         ({"x": maps(2, 16, 9, 10, dtype=torch.float32)}, "weight has a wrong dtype"),
         ({"x": torch.randn(2, 16, 9, 10).bfloat16()}, "x must be dense"),
+        ({"x": maps(2, 0, 9, 10), "weight": maps(24, 0, 3, 3)}, "must have a channel"),
     ],
 )
 def test_a_convolution_is_refused(algorithm: str, changed: dict[str, Any], message: str) -> None:
@@ -96,6 +97,37 @@ def test_a_convolution_is_refused(algorithm: str, changed: dict[str, Any], messa
 def test_a_weight_gradient_is_refused(algorithm: str, changed: dict[str, Any], message: str) -> None:
     with pytest.raises(RuntimeError, match=message):
         call_weight_grad(algorithm, **changed)
+
+
+def test_filters_are_refused() -> None:
+    weight = maps(16, 16, 3, 3)
+    filters = FC.prepare_conv2d(weight)
+    assert filters is not None
+    maps16 = {"weight": weight, "output": maps(2, 16, 9, 10)}
+    call("winograd", **maps16, filters=filters)
+    for other in (filters.double(), filters[1:], filters.repeat(2)[::2]):
+        with pytest.raises(RuntimeError, match="must come from winograd_filters"):
+            call("winograd", **maps16, filters=other)
+    with pytest.raises(RuntimeError, match="not turned"):
+        call("winograd", **maps16, filters=filters, turned=True)
+
+
+def test_a_first_layer_is_refused() -> None:
+    x, weight = maps(1, 3, 8, 8), maps(8, 3, 3, 3)
+
+    def first(height: int, width: int, relu: bool = True, residual: Tensor | None = None) -> None:
+        output = maps(1, 8, height, width)
+        code = torch.zeros_like(output, dtype=torch.uint8)
+        kernel("first_conv2d")(x, weight, None, residual, output, code, (6, 6), (1, 1), (0, 0), relu)
+
+    first(3, 3)
+    for size in ((0, 3), (3, 0), (2, 3), (3, 4)):
+        with pytest.raises(RuntimeError, match="output has a wrong size"):
+            first(*size)
+    with pytest.raises(RuntimeError, match="a pool comes with ReLU"):
+        first(3, 3, relu=False)
+    with pytest.raises(RuntimeError, match="without a residual"):
+        first(3, 3, residual=maps(1, 8, 3, 3))
 
 
 def test_what_fits_is_not_refused() -> None:

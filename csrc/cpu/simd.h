@@ -23,7 +23,7 @@ enum class InstructionSet { kDefault, kAvx2, kAvx512 };
 // What this process runs; torch's own ATEN_CPU_CAPABILITY lowers it.
 InstructionSet instruction_set();
 
-// Whether it may use AVX-512's instructions for pairs of bfloat16.
+// Whether it may use AVX-512's instructions for pairs of bfloat16: ATEN_CPU_CAPABILITY=avx512 asks for AVX-512 without.
 bool multiplies_bfloat16();
 
 template <class Body>

@@ -28,6 +28,7 @@ inline Map map_of(const Tensor& tensor, const char* name) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
   const Map map{sizes[0], sizes[1], sizes[2], sizes[3]};
+  STD_TORCH_CHECK(map.channels > 0, "fastconv_native: ", name, " must have a channel");
   const auto dense = [&](int64_t dimension, int64_t stride) {
     return sizes[dimension] == 1 || strides[dimension] == stride;
   };
@@ -41,6 +42,12 @@ inline Map map_of(const Tensor& tensor, const char* name) {
 inline void check_same(const Tensor& tensor, const char* name, const Map& map, ScalarType dtype) {
   STD_TORCH_CHECK(map_of(tensor, name) == map, "fastconv_native: ", name, " has a wrong size");
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, "fastconv_native: ", name, " has a wrong dtype");
+}
+
+// Whether a map of size `there` along a dimension holds what a convolution gives there, `out` pixels, or as many windows of a
+// 2×2 pool as lie in them, with or without the one that hangs over.
+inline bool holds(int64_t out, int64_t there, bool pooled) {
+  return pooled ? there > 0 && (there == out / 2 || there == (out + 1) / 2) : there == out;
 }
 
 // A bias, or its gradient: one element for each channel of `map`.

@@ -1,7 +1,7 @@
 """bfloat16 convolutions on Intel's AMX, by products of tiles.
 
-They differ from other kernels in one thing: subnormal inputs count as zero, and subnormal results become zero, as AMX's
-instructions have it. Taps outside the map are products with zero, so an infinite or NaN weight, or gradient, at the edge of
+They differ from Winograd's in this: subnormal inputs count as zero, and subnormal results become zero, as AMX's instructions
+have it. Taps outside the map are products with zero, so an infinite or NaN weight, or gradient, at the edge of
 a map gives NaN there, as it does wherever padding is written out.
 """
 

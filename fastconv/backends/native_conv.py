@@ -47,10 +47,8 @@ def conv2d(
     prepared: Tensor | None = None,
 ) -> Tensor:
     kernels = _kernels("conv2d_relu" if relu else "conv2d", "forward", g, policy)
-    if kernels is native_winograd.KERNELS:
-        return native_winograd.KERNELS.conv2d(x, weight, bias, residual, g, relu, prepared)
     if kernels is not None:
-        output: Tensor = kernels.conv2d(x, weight, bias, residual, g, relu)
+        output: Tensor = kernels.conv2d(x, weight, bias, residual, g, relu, prepared)
         return output
     if aten.accumulates_in_half(x):
         wide_bias, wide_residual = (None if t is None else t.float() for t in (bias, residual))
@@ -76,19 +74,22 @@ def conv2d_relu_max_pool2d(
     prepared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     kernels = _kernels("conv2d_relu_max_pool2d", "forward", g, policy) if _fuses(pool) else None
-    if kernels is native_winograd.KERNELS:
-        return native_winograd.KERNELS.conv2d_relu_max_pool2d(x, weight, bias, g, pool, prepared)
     if kernels is not None:
-        output, code = kernels.conv2d_relu_max_pool2d(x, weight, bias, g, pool)
+        output, code = kernels.conv2d_relu_max_pool2d(x, weight, bias, g, pool, prepared)
         return output, code
     return max_pool2d(conv2d(x, weight, bias, None, g, policy, relu=False), pool, relu=True)
 
 
 def prepare(weight: Tensor, stride: tuple[int, int], dilation: tuple[int, int], groups: int) -> Tensor | None:
-    """Winograd's transform of a weight that it can serve, in float32 (four times the elements); else None."""
-    plain = (tuple(weight.shape[2:]), stride, dilation, groups) == ((3, 3), (1, 1), (1, 1), 1)
-    served = weight.device.type == "cpu" and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return native_winograd.filters(weight) if plain and served and unavailable() is None else None
+    """Winograd's transform of a weight that it may serve, in float32 (four times the elements); else None."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    if weight.device.type != "cpu" or weight.dtype not in dtypes or unavailable() is not None:
+        return None
+    channels = weight.shape[1] * groups
+    reach = (dilation[0] * (weight.shape[2] - 1) + 1, dilation[1] * (weight.shape[3] - 1) + 1)
+    g = ConvGeometry.of("prepare_conv2d", (1, channels, *reach), weight.shape, None, stride, (0, 0), dilation, groups)
+    served = cpu.WINOGRAD in cpu.algorithms("forward", g, Policy(weight.dtype))
+    return native_winograd.filters(weight) if served else None
 
 
 def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:

@@ -11,10 +11,11 @@ from fastconv.geometry import ConvGeometry, PoolGeometry
 
 
 class Conv3x3:
-    """Launches `<algorithm>_conv2d` and `<algorithm>_weight_grad`. `filters` is a weight transformed for the former."""
+    """Launches `<algorithm>_conv2d` and `<algorithm>_weight_grad`."""
 
     def __init__(self, algorithm: str) -> None:
         self.algorithm = algorithm
+        self.takes_filters = algorithm == "winograd"  # a weight transformed beforehand, for forwards
 
     def conv2d(
         self,
@@ -24,11 +25,11 @@ class Conv3x3:
         residual: Tensor | None,
         g: ConvGeometry,
         relu: bool,
-        filters: Tensor | None = None,
+        prepared: Tensor | None = None,
     ) -> Tensor:
         output = empty(x, g.output_shape)
         residual = None if residual is None else dense(residual)
-        self._forward(x, weight, bias, residual, output, None, g, relu, filters)
+        self._forward(x, weight, bias, residual, output, None, g, relu, prepared)
         return output
 
     def conv2d_relu_max_pool2d(
@@ -38,11 +39,11 @@ class Conv3x3:
         bias: Tensor | None,
         g: ConvGeometry,
         pool: PoolGeometry,
-        filters: Tensor | None = None,
+        prepared: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Winners are those of the float32 sums, before they are rounded."""
         output, code = empty(x, pool.output_shape), empty(x, pool.output_shape, pool.code_dtype)
-        self._forward(x, weight, bias, None, output, code, g, True, filters)
+        self._forward(x, weight, bias, None, output, code, g, True, prepared)
         return output, code
 
     def _forward(
@@ -55,12 +56,12 @@ class Conv3x3:
         code: Tensor | None,
         g: ConvGeometry,
         relu: bool,
-        filters: Tensor | None,
+        prepared: Tensor | None,
     ) -> None:
         bias = None if bias is None else bias.contiguous()
-        prepared = () if filters is None else (filters,)
+        filters = (prepared,) if self.takes_filters else ()
         operands = (dense(x), dense(weight), bias, residual, output, code)
-        self._kernel("conv2d")(*operands, (g.out_height, g.out_width), g.padding, relu, False, *prepared)
+        self._kernel("conv2d")(*operands, (g.out_height, g.out_width), g.padding, relu, False, *filters)
 
     def conv2d_input_grad(self, grad: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
         input_grad = empty(grad, g.input_shape)

@@ -1,7 +1,7 @@
 """First layers on a CPU: direct sums, and gradients straight from a ReLU's output or from the code of a pool.
 
 Where AVX-512 multiplies pairs of bfloat16, subnormal bfloat16 inputs, sums and results count as zero, as the instructions
-have it.
+have it. `prepared`, which other kernels are spared work by, is not read.
 """
 
 from __future__ import annotations
@@ -12,7 +12,15 @@ from fastconv.backends.native_library import dense, empty, kernel
 from fastconv.geometry import ConvGeometry, PoolGeometry
 
 
-def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, g: ConvGeometry, relu: bool) -> Tensor:
+def conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    g: ConvGeometry,
+    relu: bool,
+    prepared: Tensor | None = None,
+) -> Tensor:
     output = empty(x, g.output_shape)
     residual = None if residual is None else dense(residual)
     _forward(x, weight, bias, residual, output, None, g, relu)
@@ -20,7 +28,12 @@ def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | No
 
 
 def conv2d_relu_max_pool2d(
-    x: Tensor, weight: Tensor, bias: Tensor | None, g: ConvGeometry, pool: PoolGeometry
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    g: ConvGeometry,
+    pool: PoolGeometry,
+    prepared: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     output, code = empty(x, pool.output_shape), empty(x, pool.output_shape, pool.code_dtype)
     _forward(x, weight, bias, None, output, code, g, relu=True)

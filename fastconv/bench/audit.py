@@ -115,8 +115,8 @@ def _compare(name: str, a: dict[str, Any], pairs: list[tuple[Tensor, Tensor]], p
 def _scale(name: str, a: dict[str, Any], exact: Tensor, first: Tensor) -> float:
     """Sums over maps may cancel down to their rounding: what counts is the size of as many independent terms' sum.
 
-    Behind an average, terms of a map are equal, and so are their roundings: what a map's own sum is counts too. Pixels that no
-    window of a strided convolution reaches have a gradient of zero, without an error: they do not count.
+    Behind an average, terms of a map are equal, and so are their roundings: what a map's own sum is counts too.
+    Pixels that no window of a strided convolution reaches have a gradient of zero, without an error: they do not count.
     """
     if exact.numel() == 0:
         return 0.0

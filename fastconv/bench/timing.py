@@ -92,6 +92,7 @@ def compare(
     warmup: int = 3,
     most_seconds: float | None = None,
     fresh: Callable[[], object] | None = None,
+    settling: int = 0,
 ) -> dict[str, Timing]:
     """Time several calls against each other, in interleaved rounds.
 
@@ -102,6 +103,8 @@ def compare(
         warmup: untimed calls of each beforehand (compilation, allocation, caches of algorithms).
         most_seconds: stop after the round in which this much time has passed; at least three rounds are run.
         fresh: called, untimed, before every round: draws the inputs that all calls of that round get.
+        settling: untimed calls before every sample. With one, a short call finds threads awake and its own code in the
+            caches, as it does behind others of its kind; without, it pays for what the call of another kind left.
 
     Returns:
         name → Timing in seconds a call, all with the same number of paired runs.
@@ -125,6 +128,8 @@ def compare(
             fresh()
         turn = done % len(names)
         for name in names[turn:] + names[:turn]:
+            for _ in range(settling):
+                calls[name]()
             runs[name].append(sampler.sample(calls[name]))
         if most_seconds is not None and done >= 2 and time.perf_counter() - start > most_seconds:
             break

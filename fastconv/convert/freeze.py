@@ -14,9 +14,10 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Of each 3×3 convolution of fastconv.nn (stride 1, no dilation, one group) of up to 16,384 pairs of channels the copy
     holds the weight's transform for Winograd's algorithm, in float32 four times as many elements as the weight has, which
-    spares each call that transform. (Larger ones are faster transformed again than read.)
-    All else is a deep copy in evaluation mode, whose parameters require no gradient. Later changes of `model` do not show
-    in it; weights of the copy that are written to do not either, until it is moved, cast or loaded.
+    spares each call that transform. (Larger ones are read about as slowly as they are transformed again.) All else is a
+    deep copy in evaluation mode, whose parameters require no gradient. Later changes of `model` do not show in it. Do not
+    write to weights of the copy: which calls read them, and which their transform, is not promised, until it is moved,
+    cast or loaded.
 
     Args:
         model: on fastconv's layers, as from fastconv.convert or fastconv.models; those of torch.nn stay what they are.
@@ -38,13 +39,18 @@ def freeze(model: nn.Module) -> nn.Module:
     frozen: dict[int, nn.Module] = {}  # a module in two places stays one
     for module in list(model.modules()):
         for name, child in list(module._modules.items()):
-            if child is not None and _is_frozen_by_itself(child):
-                module.add_module(name, frozen.setdefault(id(child), fast.FrozenConv2d(child)))  # type: ignore[arg-type]
-    return fast.FrozenConv2d(model) if _is_frozen_by_itself(model) else model  # type: ignore[arg-type]
+            if child is not None:
+                if id(child) not in frozen:
+                    frozen[id(child)] = _frozen(child)
+                module.add_module(name, frozen[id(child)])
+    return _frozen(model)
 
 
-def _is_frozen_by_itself(module: nn.Module) -> bool:
-    """Nothing is attached to it, such as hooks or parametrizations, which would be lost."""
+def _frozen(module: nn.Module) -> nn.Module:
+    """The module itself where nothing of it can be prepared, or where hooks or parametrizations on it would be lost."""
     state = vars(module)
     attached = any(hooks for name, hooks in state.items() if name.endswith("_hooks")) or "forward" in state
-    return fast.FrozenConv2d.serves(module) and not attached and not module._modules
+    if attached or module._modules or not fast.FrozenConv2d.serves(module):
+        return module
+    made = fast.FrozenConv2d(module)  # type: ignore[arg-type]
+    return module if made.prepared is None else made

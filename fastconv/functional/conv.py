@@ -127,7 +127,7 @@ def prepare_conv2d(weight: Tensor, stride: IntPair = 1, dilation: IntPair = 1, g
 def conv2d_prepared(
     input: Tensor,
     weight: Tensor,
-    prepared: Tensor,
+    prepared: Tensor | None,
     bias: Tensor | None = None,
     stride: IntPair = 1,
     padding: str | IntPair = 0,
@@ -144,7 +144,7 @@ def conv2d_prepared(
 
     Args:
         input, weight, bias, stride, padding, dilation, groups, residual: as in `conv2d_relu`.
-        prepared: `prepare_conv2d` of this weight.
+        prepared: `prepare_conv2d` of this weight, which may be None.
         relu: has to be true where there is a residual or a pool.
         max_pool: excludes a residual.
 
@@ -159,7 +159,7 @@ def conv2d_prepared(
     if max_pool and residual is not None:
         raise RuntimeError(f"{op}: a residual is not served with max_pool=True")
     cast = precision.autocast(weight)
-    if cast is not weight:
+    if prepared is None or cast is not weight:
         layer = (input, cast, bias, stride, padding, dilation, groups)
         if max_pool:
             return conv2d_relu_max_pool2d(*layer, pool_kernel_size=2)

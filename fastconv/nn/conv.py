@@ -83,13 +83,14 @@ class FrozenConv2d(torch.nn.Module):
         self.dilation, self.groups = module.dilation, module.groups
         self.relu = isinstance(module, (ConvReLU2d, ConvReLUMaxPool2d))
         self.max_pool = isinstance(module, ConvReLUMaxPool2d)
+        self.training = module.training
         self.register_buffer("weight", module.weight.detach().clone())
         self.register_buffer("bias", None if module.bias is None else module.bias.detach().clone())
         self._prepare()
 
     @staticmethod
     def serves(module: torch.nn.Module) -> bool:
-        """Whether there is something to prepare of `module`, which must be exactly of one of the three classes."""
+        """Whether `module` is exactly of one of the three classes, with arguments that this one has."""
         if type(module) not in (Conv2d, ConvReLU2d, ConvReLUMaxPool2d) or module.padding_mode != "zeros":
             return False
         if isinstance(module, ConvReLUMaxPool2d):
@@ -97,8 +98,7 @@ class FrozenConv2d(torch.nn.Module):
             pooling = (module.pool_kernel_size, module.pool_stride, module.pool_padding, module.pool_dilation)
             if [pair(value) for value in pooling] != [(2, 2), (2, 2), (0, 0), (1, 1)] or module.pool_ceil_mode:
                 return False
-        window = (module.kernel_size, module.stride, module.dilation, module.groups)
-        return window == ((3, 3), (1, 1), (1, 1), 1) and module.weight.device.type == "cpu"
+        return True
 
     def _prepare(self) -> None:
         with torch.no_grad():
@@ -123,23 +123,19 @@ class FrozenConv2d(torch.nn.Module):
         self._prepare()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        arguments = (self.stride, self.padding, self.dilation, self.groups)
-        if self.prepared is not None:
-            return functional.conv2d_prepared(
-                input,
-                self.weight,
-                self.prepared,
-                self.bias,
-                *arguments,
-                relu=self.relu,
-                residual=residual,
-                max_pool=self.max_pool,
-            )
-        if self.max_pool:
-            return functional.conv2d_relu_max_pool2d(input, self.weight, self.bias, *arguments)
-        if self.relu:
-            return functional.conv2d_relu(input, self.weight, self.bias, *arguments, residual=residual)
-        return functional.conv2d(input, self.weight, self.bias, *arguments)
+        return functional.conv2d_prepared(
+            input,
+            self.weight,
+            self.prepared,
+            self.bias,
+            self.stride,
+            self.padding,
+            self.dilation,
+            self.groups,
+            relu=self.relu,
+            residual=residual,
+            max_pool=self.max_pool,
+        )
 
     def extra_repr(self) -> str:
         out_channels, in_channels = self.weight.shape[:2]

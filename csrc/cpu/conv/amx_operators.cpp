@@ -49,11 +49,10 @@ bool has_amx() {
 void amx_conv2d(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
     const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& padding, bool relu, bool turned) {
-  const Conv3x3Operands operands{x, weight, bias, residual, output, code, size, padding, relu, turned};
-  const Conv3x3Sizes sizes = operands.sizes();
+  const Conv3x3Operands operands(x, weight, bias, residual, output, code, size, padding, relu, turned);
   check_amx(x);
 #if FASTCONV_AMX
-  amx::conv(operands.pass<BFloat16>(sizes));
+  amx::conv(operands.pass<BFloat16>());
 #endif
 }
 

@@ -6,16 +6,24 @@
 
 namespace fastconv {
 
-template <class T>
-const Kernels<T>& kernels() {
-  const KernelsOfAllTypes* all = &vec128::kKernels;
+inline const KernelsOfAllTypes& kernels_of_all_types() {
 #if defined(__x86_64__)
-  if (instruction_set() == InstructionSet::kAvx2) all = &avx2::kKernels;
-  if (instruction_set() == InstructionSet::kAvx512) all = &avx512::kKernels;
+  if (instruction_set() == InstructionSet::kAvx2) return avx2::kKernels;
+  if (instruction_set() == InstructionSet::kAvx512) return avx512::kKernels;
 #endif
-  if constexpr (std::is_same_v<T, float>) return *all->of_float;
-  if constexpr (std::is_same_v<T, BFloat16>) return *all->of_bfloat16;
-  if constexpr (std::is_same_v<T, Half>) return *all->of_half;
+  return vec128::kKernels;
+}
+
+template <class T>
+const Kernels<T>& all_kernels() {
+  if constexpr (std::is_same_v<T, float>) return *kernels_of_all_types().of_float;
+  if constexpr (std::is_same_v<T, BFloat16>) return *kernels_of_all_types().of_bfloat16;
+  if constexpr (std::is_same_v<T, Half>) return *kernels_of_all_types().of_half;
+}
+
+template <class T>
+const WinogradKernels<T>& winograd_kernels() {
+  return all_kernels<T>().winograd;
 }
 
 template <class T>
@@ -25,7 +33,7 @@ const FirstKernels<T>& first_kernels() {
     if (multiplies_bfloat16()) return avx512_bf16::kFirst;
   }
 #endif
-  return kernels<T>().first;
+  return all_kernels<T>().first;
 }
 
 }  // namespace fastconv

@@ -57,7 +57,7 @@ void conv(FirstPass<T> pass, const T* weight) {
   const Scratch filter(k.panels(s) * k.packed(s));
   pass.filter = filter.at(0);
   pass.finite = pack(weight, s, k, filter.at(0));
-  constexpr int64_t kRows = 4;  // of which the image's rows that are read, few more, are brought to float32
+  constexpr int64_t kRows = 4;  // a strip reads KH - stride more rows of the image than its own, which the next one reads again
   const Strips strips = Strips::of(s, kRows);
   const int64_t size = ceil_div(k.forward_memory(s, strips.rows), 16) * 16;
   const Workers workers(strips.count());
@@ -106,9 +106,9 @@ FirstSizes sizes_of(
   STD_TORCH_CHECK(
       fits(s.out_height, s.kernel_h, s.stride_h, s.pad_h, x.height) && fits(s.out_width, s.kernel_w, s.stride_w, s.pad_w, x.width),
       "fastconv_native: size must be that of the convolution's output");
-  const auto holds = [=](int64_t out, int64_t there) { return pooled ? 2 * there <= out + 1 : there == out; };
   STD_TORCH_CHECK(
-      holds(s.out_height, to.height) && holds(s.out_width, to.width), "fastconv_native: output has a wrong size");
+      holds(s.out_height, to.height, pooled) && holds(s.out_width, to.width, pooled),
+      "fastconv_native: output has a wrong size");
   if (!pooled) return s;
   FirstSizes seen = s;
   seen.out_height = std::min(s.out_height, 2 * to.height);
@@ -129,7 +129,7 @@ void first_conv2d(
   check_bias(bias, to, dtype);
   if (code) check_same(*code, "code", to, ScalarType::Byte);
   if (residual) check_same(*residual, "residual", to, dtype);
-  STD_TORCH_CHECK(!(code && residual), "fastconv_native: a pool takes no residual");
+  STD_TORCH_CHECK(!code || (relu && !residual), "fastconv_native: a pool comes with ReLU and without a residual");
   const FirstSizes sizes = sizes_of(from, filter, to, code.has_value(), size, stride, padding);
   by_dtype(dtype, [&](auto type) {
     using T = typename decltype(type)::type;

@@ -11,10 +11,10 @@ struct FirstSizes {
   int64_t out_height, out_width, out_channels;
   int64_t kernel_h, kernel_w, stride_h, stride_w, pad_h, pad_w;
 
-  int64_t run() const { return kernel_w * channels; }                     // elements of a kernel row
-  int64_t taps() const { return kernel_h * run(); }                       // elements of a filter
-  int64_t padded() const { return (width + 2 * pad_w) * channels; }       // floats of a padded row of the image
-  int64_t rows_read(int64_t rows) const { return (rows - 1) * stride_h + kernel_h; }
+  FASTCONV_INLINE int64_t run() const { return kernel_w * channels; }                // elements of a kernel row
+  FASTCONV_INLINE int64_t taps() const { return kernel_h * run(); }                       // elements of a filter
+  FASTCONV_INLINE int64_t padded() const { return (width + 2 * pad_w) * channels; }       // elements of a padded row of the image
+  FASTCONV_INLINE int64_t rows_read(int64_t rows) const { return (rows - 1) * stride_h + kernel_h; }
 };
 
 // Output rows [row, row + rows) of an image.

@@ -193,7 +193,8 @@ FASTCONV_INLINE void load_factors(const FirstSizes& s, const T* x, int64_t image
 #endif
 }
 
-// The right factors of columns i and i + 1 of a row, whose value is zero where it ends before i + 1.
+// The right factors of columns i and i + 1 of a row. Where the row `ends` before i + 1, `next` is zero and, but as the other
+// half of a pair, not written.
 FASTCONV_INLINE void store_factors(float* row, int64_t i, V here, V next, bool ends) {
 #if FASTCONV_PAIRS
   store(row + i / 2 * kPanel, (V)((VU)here >> 16 | (VU)next));
@@ -324,7 +325,7 @@ void first_finish(
 }
 
 template <class T>
-constexpr FirstKernels<T> first_kernels() {
+constexpr FirstKernels<T> first_table() {
   return {kPanel, kColumns, FirstFactors::kStep, first_forward<T>, first_weight_grad<T>, first_finish<T>};
 }
 

@@ -17,7 +17,7 @@
 
 namespace fastconv::avx512_bf16 {
 
-const FirstKernels<BFloat16> kFirst = first_kernels<BFloat16>();
+const FirstKernels<BFloat16> kFirst = first_table<BFloat16>();
 
 }  // namespace fastconv::avx512_bf16
 #if defined(__clang__)

@@ -24,7 +24,7 @@ struct Filters {
 
   template <class T>
   static Filters of(int64_t channels, int64_t out_channels) {
-    const int64_t panel = kernels<T>().winograd.panel;
+    const int64_t panel = winograd_kernels<T>().panel;
     return {channels, ceil_div(out_channels, panel), panel};
   }
   Planes planes() const { return Planes::packed(channels, panel); }
@@ -34,7 +34,7 @@ struct Filters {
 
 template <class T>
 void transform_filters(const Conv3x3Filter<T>& filter, const Filters& to, float* filters) {
-  const WinogradKernels<T>& k = kernels<T>().winograd;
+  const WinogradKernels<T>& k = winograd_kernels<T>();
   constexpr int64_t kRows = 64;
   const int64_t blocks = ceil_div(to.channels, kRows);
   Workers(to.panels * blocks).run([&](int64_t unit, int64_t) {
@@ -46,13 +46,13 @@ void transform_filters(const Conv3x3Filter<T>& filter, const Filters& to, float*
 // Each unit is a block of tiles, from input to output, and reads a filter that was transformed before, by all. The block and
 // its products stay in the second cache, the filter in the third.
 template <class T>
-void conv_by_tiles(const Conv3x3Pass<T>& pass, float* prepared) {
-  const WinogradKernels<T>& k = kernels<T>().winograd;
+void conv_by_tiles(const Conv3x3Pass<T>& pass, const float* prepared) {
+  const WinogradKernels<T>& k = winograd_kernels<T>();
   const Conv3x3Sizes& s = pass.sizes;
   const Filters u = Filters::of<T>(s.channels, s.out_channels);
   const Scratch own(prepared == nullptr ? u.size() : 0);
-  float* const filters = prepared == nullptr ? own.at(0) : prepared;
-  if (prepared == nullptr) transform_filters(pass.filter, u, filters);
+  if (prepared == nullptr) transform_filters(pass.filter, u, own.at(0));
+  float* const filters = prepared == nullptr ? own.at(0) : const_cast<float*>(prepared);  // read only, from here on
 
   constexpr int64_t kCacheFloats = 150'000;
   const int64_t room = kCacheFloats / (36 * (s.channels + 16 + k.panel)) / 12 * 12;
@@ -63,7 +63,7 @@ void conv_by_tiles(const Conv3x3Pass<T>& pass, float* prepared) {
   workers.run([&](int64_t unit, int64_t worker) {
     const Planes inputs = v.at(memory.at(worker * (v.size() + m.size()))), products = m.at(inputs.data + v.size());
     const Tiles here = part(unit, block, count_tiles(s));
-    k.input(s, pass.x, here, 0, s.channels, inputs);
+    k.input(s, pass.x, here, inputs);
     for (int64_t panel = 0; panel < u.panels; ++panel) {
       k.multiply(here.count, s.channels, inputs, u.at(filters, panel), products, false);
       k.output(pass, here, panel * k.panel, products);
@@ -75,7 +75,7 @@ void conv_by_tiles(const Conv3x3Pass<T>& pass, float* prepared) {
 // it goes, a block of channels at a time: no transformed filter goes through memory, which would take longer.
 template <class T>
 void conv_by_panels(const Conv3x3Pass<T>& pass) {
-  const WinogradKernels<T>& k = kernels<T>().winograd;
+  const WinogradKernels<T>& k = winograd_kernels<T>();
   const Conv3x3Sizes& s = pass.sizes;
   constexpr int64_t kChunk = 256, kPart = 128, kRows = 64;
   const int64_t panels = ceil_div(s.out_channels, k.panel);
@@ -92,7 +92,7 @@ void conv_by_panels(const Conv3x3Pass<T>& pass) {
     const int64_t count = std::min(chunk, count_tiles(s) - first);
     Workers(ceil_div(count, kFewTiles)).run([&](int64_t unit, int64_t) {
       const Tiles here = part(unit, kFewTiles, count);
-      k.input(s, pass.x, {first + here.first, here.count}, 0, s.channels, shifted(all, here.first, 0));
+      k.input(s, pass.x, {first + here.first, here.count}, shifted(all, here.first, 0));
     });
     workers.run([&](int64_t unit, int64_t worker) {
       const Planes filters = u.at(memory.at(worker * (u.size() + m.size()))), products = m.at(filters.data + u.size());
@@ -123,7 +123,7 @@ bool filter_fits(const Conv3x3Sizes& s, bool prepared) {
 // Each unit sums a run of tiles into planes of its own. Runs are as many as sizes say, whatever the number of threads.
 template <class T>
 void weight_grad_by_tiles(const Conv3x3WeightGrad<T>& pass) {
-  const WinogradKernels<T>& k = kernels<T>().winograd;
+  const WinogradKernels<T>& k = winograd_kernels<T>();
   const Conv3x3Sizes& s = pass.sizes;
   constexpr int64_t kBlock = 64, kMostRuns = 16, kRows = 16;
   const int64_t panels = ceil_div(s.channels, k.panel);
@@ -139,8 +139,8 @@ void weight_grad_by_tiles(const Conv3x3WeightGrad<T>& pass) {
     const int64_t first = blocks * run / runs, last = blocks * (run + 1) / runs;
     for (int64_t block = first; block < last; ++block) {
       const Tiles here = part(block, kBlock, count_tiles(s));
-      k.input(s, pass.x, here, 0, s.channels, inputs);
-      k.grad(s, pass.grad, here, 0, s.out_channels, grads);
+      k.input(s, pass.x, here, inputs);
+      k.grad(s, pass.grad, here, grads);
       for (int64_t panel = 0; panel < panels; ++panel) {
         const Planes to = sums.at(total.at(run * set + panel * sums.size()));
         k.multiply_grad(here.count, s.out_channels, grads, shifted(inputs, 0, panel * k.panel), to, block > first);
@@ -158,7 +158,7 @@ void weight_grad_by_tiles(const Conv3x3WeightGrad<T>& pass) {
 // output channels over the chunk.
 template <class T>
 void weight_grad_by_panels(const Conv3x3WeightGrad<T>& pass) {
-  const WinogradKernels<T>& k = kernels<T>().winograd;
+  const WinogradKernels<T>& k = winograd_kernels<T>();
   const Conv3x3Sizes& s = pass.sizes;
   constexpr int64_t kChunk = 128, kBlock = 128;
   const int64_t panels = ceil_div(s.channels, k.panel);
@@ -176,8 +176,8 @@ void weight_grad_by_panels(const Conv3x3WeightGrad<T>& pass) {
     const int64_t count = std::min(chunk, count_tiles(s) - first);
     Workers(ceil_div(count, kFewTiles)).run([&](int64_t unit, int64_t) {
       const Tiles at = part(unit, kFewTiles, count), here{first + at.first, at.count};
-      k.input(s, pass.x, here, 0, s.channels, shifted(inputs, at.first, 0));
-      k.grad(s, pass.grad, here, 0, s.out_channels, shifted(grads, at.first, 0));
+      k.input(s, pass.x, here, shifted(inputs, at.first, 0));
+      k.grad(s, pass.grad, here, shifted(grads, at.first, 0));
     });
     workers.run([&](int64_t unit, int64_t worker) {
       const int64_t c0 = unit / blocks * k.panel, c1 = std::min(s.channels, c0 + k.panel);
@@ -198,16 +198,17 @@ void winograd_conv2d(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
     const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& padding, bool relu, bool turned,
     const std::optional<Tensor>& filters) {
-  const Conv3x3Operands operands{x, weight, bias, residual, output, code, size, padding, relu, turned};
-  const Conv3x3Sizes sizes = operands.sizes();
+  const Conv3x3Operands operands(x, weight, bias, residual, output, code, size, padding, relu, turned);
+  const Conv3x3Sizes& sizes = operands.sizes();
+  STD_TORCH_CHECK(!(filters && turned), "fastconv_native: filters are for forwards that are not turned");
   by_dtype(x.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::type;
-    const Conv3x3Pass<T> pass = operands.pass<T>(sizes);
-    float* const prepared = filters ? write<float>(*filters) : nullptr;
+    const Conv3x3Pass<T> pass = operands.pass<T>();
     STD_TORCH_CHECK(
         !filters || (filters->scalar_type() == ScalarType::Float && filters->is_contiguous() &&
                      filters->numel() == Filters::of<T>(sizes.channels, sizes.out_channels).size()),
         "fastconv_native: filters must come from winograd_filters, for this weight");
+    const float* const prepared = filters ? read<float>(*filters) : nullptr;
     filter_fits(sizes, prepared != nullptr) ? conv_by_tiles(pass, prepared) : conv_by_panels(pass);
   });
 }

@@ -38,8 +38,8 @@ struct WinogradKernels {
   // The transformed filter from reduction channel r0 to r1 for the panel of outputs at `first`: rows [r1 − r0, panel].
   void (*filter)(const Conv3x3Filter<T>&, int64_t first, int64_t r0, int64_t r1, Planes u);
 
-  // The transformed input [tiles, channels], of channels c0 to c1 (c0 a multiple of 16).
-  void (*input)(const Conv3x3Sizes&, const T* x, Tiles, int64_t c0, int64_t c1, Planes v);
+  // The transformed input [tiles, channels], with zeros for channels that fill a panel up.
+  void (*input)(const Conv3x3Sizes&, const T* x, Tiles, Planes v);
 
   // m = v · u, rows [tiles, panel]; v and u begin at the same reduction channel, of which there are `k`.
   void (*multiply)(int64_t tiles, int64_t k, Planes v, Planes u, Planes m, bool add);
@@ -47,8 +47,8 @@ struct WinogradKernels {
   // Outputs of a panel from `m`, with bias, residual, ReLU or pool.
   void (*output)(const Conv3x3Pass<T>&, Tiles, int64_t first, Planes m);
 
-  // The transformed gradient [tiles, channels] of an output map (sizes.out_*), of channels k0 to k1.
-  void (*grad)(const Conv3x3Sizes&, const T* grad, Tiles, int64_t k0, int64_t k1, Planes g);
+  // The transformed gradient [tiles, channels] of an output map (sizes.out_*).
+  void (*grad)(const Conv3x3Sizes&, const T* grad, Tiles, Planes g);
 
   // s += gᵀ · v over tiles: rows [k, panel], for `k` channels of the gradient and a panel of input channels.
   void (*multiply_grad)(int64_t tiles, int64_t k, Planes g, Planes v, Planes s, bool add);

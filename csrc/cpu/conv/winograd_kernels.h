@@ -85,13 +85,13 @@ void transform_filter(const Conv3x3Filter<T>& f, int64_t first, int64_t r0, int6
 }
 
 template <class T>
-void transform_input(const Conv3x3Sizes& s, const T* x, Tiles tiles, int64_t c0, int64_t c1, Planes v) {
-  const int64_t end = c1 == s.channels ? ceil_div(c1, kPanel) * kPanel : c1;
+void transform_input(const Conv3x3Sizes& s, const T* x, Tiles tiles, Planes v) {
+  const int64_t end = ceil_div(s.channels, kPanel) * kPanel;
   for (int64_t t = 0; t < tiles.count; ++t) {
     const Corner at = corner(s, tiles.first + t);
     const T* const image = x + at.image * s.height * s.width * s.channels;
     const bool ahead = at.row > 0 && at.row + kReach < s.height && at.column + kTile + kReach < s.width;
-    for (int64_t c = c0; c < end; c += kWidth) {
+    for (int64_t c = 0; c < end; c += kWidth) {
       V points[kPoints] = {};
       if (ahead) {
         const T* const next = image + ((at.row - s.pad_h) * s.width + at.column + kReach - s.pad_w) * s.channels + c;
@@ -101,8 +101,8 @@ void transform_input(const Conv3x3Sizes& s, const T* x, Tiles tiles, int64_t c0,
           for (int j = 0; j < kTile; ++j) __builtin_prefetch(next + (i * s.width + j) * s.channels);
         }
       }
-      if (c < c1) {
-        const int64_t count = least(kWidth, c1 - c);
+      if (c < s.channels) {
+        const int64_t count = least(kWidth, s.channels - c);
         V square[kPoints];
         load_square<kReach>(image + c, s.height, s.width, s.channels, at.row - s.pad_h, at.column - s.pad_w, count, square);
         transform<InputTransform>(square, points);
@@ -113,12 +113,12 @@ void transform_input(const Conv3x3Sizes& s, const T* x, Tiles tiles, int64_t c0,
 }
 
 template <class T>
-void transform_grad(const Conv3x3Sizes& s, const T* grad, Tiles tiles, int64_t k0, int64_t k1, Planes g) {
+void transform_grad(const Conv3x3Sizes& s, const T* grad, Tiles tiles, Planes g) {
   for (int64_t t = 0; t < tiles.count; ++t) {
     const Corner at = corner(s, tiles.first + t);
     const T* const image = grad + at.image * s.out_height * s.out_width * s.out_channels;
-    for (int64_t k = k0; k < k1; k += kWidth) {
-      const int64_t count = least(kWidth, k1 - k);
+    for (int64_t k = 0; k < s.out_channels; k += kWidth) {
+      const int64_t count = least(kWidth, s.out_channels - k);
       V square[kTile * kTile], points[kPoints];
       load_square<kTile>(image + k, s.out_height, s.out_width, s.out_channels, at.row, at.column, count, square);
       transform<GradTransform>(square, points);
@@ -239,7 +239,7 @@ void write_filter_grad(
 }
 
 template <class T>
-constexpr WinogradKernels<T> winograd_kernels() {
+constexpr WinogradKernels<T> winograd_table() {
   return {kPanel,          transform_filter<T>, transform_input<T>, multiply,
           write_output<T>, transform_grad<T>,   multiply_grad,      write_filter_grad<T>};
 }
