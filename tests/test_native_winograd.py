@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import pytest
 import torch
@@ -56,12 +57,13 @@ def geometry(name: str) -> ConvGeometry:
     return ConvGeometry.of("test", *shapes, None, (1, 1), padding, (1, 1), 1)
 
 
-def pooling(g: ConvGeometry) -> PoolGeometry:
-    return PoolGeometry.of("max_pool2d", g.output_shape, (2, 2), (2, 2), (0, 0), (1, 1), False)
+def pooling(g: ConvGeometry, ceil_mode: bool) -> PoolGeometry:
+    return PoolGeometry.of("max_pool2d", g.output_shape, (2, 2), (2, 2), (0, 0), (1, 1), ceil_mode)
 
 
-def has_pool(g: ConvGeometry) -> bool:
-    return min(g.out_height, g.out_width) >= 2
+def pools(g: ConvGeometry) -> dict[str, bool]:
+    """Launches with a pool, and whether its windows may hang over."""
+    return {"pool": False, "pool ceil": True} if min(g.out_height, g.out_width) >= 2 else {"pool ceil": True}
 
 
 @contextmanager
@@ -102,8 +104,9 @@ class Operands:
             "weight": lambda: (native.conv2d_weight_grad(self.grad, self.x, g, p),),
             "both": lambda: native.conv2d_backward(self.grad, self.x, self.weight, g, p),
         }
-        if has_pool(g):
-            calls["pool"] = lambda: native.conv2d_relu_max_pool2d(self.x, self.weight, self.bias, g, pooling(g), p)
+        for name, ceil_mode in pools(g).items():
+            pool = pooling(g, ceil_mode)
+            calls[name] = partial(native.conv2d_relu_max_pool2d, self.x, self.weight, self.bias, g, pool, p)
         return calls
 
     def run(self, name: str) -> tuple[Tensor, ...]:
@@ -132,9 +135,9 @@ def test_forward(name: str, dtype: torch.dtype) -> None:
     close(o.run("forward")[0], o.conv(), dtype, reduction, "conv2d")
     close(o.run("plain")[0], o.conv(bias=False), dtype, reduction, "without bias")
     close(o.run("relu")[0], (o.conv() + o.residual.double()).relu(), dtype, reduction, "residual, ReLU")
-    if has_pool(g):
-        pooled, code = o.run("pool")
-        close(pooled, F.max_pool2d(o.conv().relu(), 2), dtype, reduction, "pool")
+    for launch, ceil_mode in pools(g).items():
+        pooled, code = o.run(launch)
+        close(pooled, F.max_pool2d(o.conv().relu(), 2, ceil_mode=ceil_mode), dtype, reduction, launch)
         assert code.dtype == torch.uint8
 
 
@@ -150,13 +153,14 @@ def test_backward(name: str, dtype: torch.dtype) -> None:
     assert torch.equal(both[0], o.run("input")[0]) and torch.equal(both[1], o.run("weight")[0])
 
 
-@pytest.mark.parametrize("name", [name for name in QUICK if has_pool(geometry(name))])
+@pytest.mark.parametrize("name", QUICK)
 def test_pool_takes_the_winner_of_the_unpooled_map(name: str) -> None:
     """In float32 the fused pool is bitwise the pool of the map that it does not write."""
     g = geometry(name)
     o = Operands(g, torch.float32)
-    for got, want in zip(o.run("pool"), native.max_pool2d(o.run("forward")[0], pooling(g), relu=True), strict=True):
-        assert torch.equal(got, want)
+    for launch, ceil_mode in pools(g).items():
+        wanted = native.max_pool2d(o.run("forward")[0], pooling(g, ceil_mode), relu=True)
+        assert all(torch.equal(got, want) for got, want in zip(o.run(launch), wanted, strict=True)), launch
 
 
 VALUES = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf"), "overflow": 3e37}
@@ -198,7 +202,7 @@ def test_relu_and_pool_keep_nan() -> None:
     got = o.run("relu")[0]
     assert torch.equal(got.isnan(), (conv + o.residual).isnan())
     pooled, code = o.run("pool")
-    expected, codes = native.max_pool2d(conv, pooling(g), relu=True)
+    expected, codes = native.max_pool2d(conv, pooling(g, False), relu=True)
     assert torch.equal(pooled.isnan(), expected.isnan()) and expected.isnan().any()
     assert torch.equal(code[expected.isnan()], codes[expected.isnan()])
 
@@ -224,7 +228,7 @@ def test_bits_do_not_depend_on_threads(name: str, dtype: torch.dtype) -> None:
 def test_calls_of_several_threads_do_not_meet() -> None:
     o = Operands(geometry("by tiles"), torch.float32)
     with winograd(o.g, torch.float32):
-        launches = {name: launch for name, launch in o.launches().items() if name in ("relu", "pool", "both")}
+        launches = {name: launch for name, launch in o.launches().items() if name in ("relu", "pool", "pool ceil", "both")}
         alone = {name: launch() for name, launch in launches.items()}
         wrong: list[str] = []
 
