@@ -21,8 +21,9 @@ _INPUT, _OUTPUT, _FILTER = 900, 600, 250
 _POINTS, _TILE = 36, 4
 # What the kernels for first layers are compiled and tested for; of more channels oneDNN fills vectors.
 _FIRST_CHANNELS, _FIRST_SIDE = 4, 11
-# What oneDNN computes in the time of a float32 multiply-add where bfloat16 has instructions of its own: of wide layers 2.
-_NATIVE_BFLOAT16 = 1.4
+# What oneDNN computes in the time of a fused float32 product where bfloat16 has instructions of its own: in forwards and input
+# gradients of 64 channels and more, and else.
+_WIDE, _WIDE_BFLOAT16, _NATIVE_BFLOAT16 = 64, 2.3, 1.4
 
 
 def algorithms(direction: str, g: ConvGeometry, policy: Policy) -> tuple[str, ...]:
@@ -37,7 +38,7 @@ def algorithms(direction: str, g: ConvGeometry, policy: Policy) -> tuple[str, ..
         return (AMX, ONEDNN) if _amx_pays(direction, g) else (ONEDNN, AMX)
     if policy.direct:
         return (ONEDNN,)
-    return (WINOGRAD, ONEDNN) if _winograd_operations(direction, g) < _direct_operations(g, policy) else (ONEDNN, WINOGRAD)
+    return (WINOGRAD, ONEDNN) if _winograd_operations(direction, g) < _direct_operations(direction, g, policy) else (ONEDNN, WINOGRAD)
 
 
 def gains_in_nchw(direction: str, g: ConvGeometry, policy: Policy, algorithm: str) -> bool:
@@ -84,9 +85,12 @@ def _winograd_operations(direction: str, g: ConvGeometry) -> float:
     return tiles * (_POINTS * read * written + _INPUT * read + of_written * written) + _FILTER * read * written
 
 
-def _direct_operations(g: ConvGeometry, policy: Policy) -> float:
+def _direct_operations(direction: str, g: ConvGeometry, policy: Policy) -> float:
     products = g.out_pixels * g.out_channels * g.in_channels * g.taps
-    return products / (_NATIVE_BFLOAT16 if policy.dtype == torch.bfloat16 and _has_bfloat16() else 1.0)
+    if policy.dtype != torch.bfloat16 or not _has_bfloat16():
+        return products
+    is_wide = direction != "weight_grad" and min(g.in_channels, g.out_channels) >= _WIDE
+    return products / (_WIDE_BFLOAT16 if is_wide else _NATIVE_BFLOAT16)
 
 
 @cache
