@@ -21,8 +21,8 @@ _INPUT, _OUTPUT, _FILTER = 900, 600, 250
 _POINTS, _TILE = 36, 4
 # What the kernels for first layers are compiled and tested for; of more channels oneDNN fills vectors.
 _FIRST_CHANNELS, _FIRST_SIDE = 4, 11
-# What oneDNN computes in the time of a fused float32 product where bfloat16 has instructions of its own: in forwards and input
-# gradients of 64 channels and more, and else.
+# What oneDNN computes in the time of a fused float32 product where bfloat16 has instructions of its own: in forwards and
+# input gradients of 64 channels and more, and else.
 _WIDE, _WIDE_BFLOAT16, _NATIVE_BFLOAT16 = 64, 2.3, 1.4
 
 
@@ -38,7 +38,8 @@ def algorithms(direction: str, g: ConvGeometry, policy: Policy) -> tuple[str, ..
         return (AMX, ONEDNN) if _amx_pays(direction, g) else (ONEDNN, AMX)
     if policy.direct:
         return (ONEDNN,)
-    return (WINOGRAD, ONEDNN) if _winograd_operations(direction, g) < _direct_operations(direction, g, policy) else (ONEDNN, WINOGRAD)
+    gains = _winograd_operations(direction, g) < _direct_operations(direction, g, policy)
+    return (WINOGRAD, ONEDNN) if gains else (ONEDNN, WINOGRAD)
 
 
 def gains_in_nchw(direction: str, g: ConvGeometry, policy: Policy, algorithm: str) -> bool:
