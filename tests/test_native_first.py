@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from tolerances import assert_close
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastconv
+import fastconv.functional as FC
+from fastconv import nn
 from fastconv.backends import aten, native, native_first
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
@@ -287,3 +293,81 @@ def test_first_layers_are_chosen_for_all_but_input_gradients() -> None:
         for direction in ("forward", "weight_grad"):
             assert cpu.algorithms(direction, geometry_of("stem"), Policy(dtype))[0] == cpu.FIRST
         assert cpu.FIRST not in cpu.algorithms("input_grad", geometry_of("stem"), Policy(dtype))
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if str(func).startswith("fastconv."):
+            self.names.append(str(func).split(".")[1])
+        return func(*args, **(kwargs or {}))
+
+
+def layer(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if kind == "relu":
+        return FC.conv2d_relu(x, weight, bias, 1, 1)
+    if kind == "3x3 pool":
+        return FC.conv2d_relu_max_pool2d(x, weight, bias, 1, 1, pool_kernel_size=3, pool_stride=2)
+    return FC.conv2d_relu_max_pool2d(x, weight, bias, 1, 1, pool_ceil_mode=kind == "ceil")
+
+
+@pytest.mark.parametrize("backend", ["auto", "native", "aten", "triton"])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("kind", ["relu", "pool", "ceil", "3x3 pool"])
+@pytest.mark.parametrize("layout", [CHANNELS_LAST, torch.contiguous_format], ids=["channels_last", "contiguous"])
+def test_gradient_is_that_of_the_composed_path(
+    kind: str, with_bias: bool, backend: str, layout: torch.memory_format
+) -> None:
+    """The same gradients whether or not the input needs one too, up to the order of sums."""
+    x = torch.randn(2, 3, 9, 11).to(memory_format=layout)
+    weight = torch.randn(20, 3, 3, 3).to(memory_format=layout).requires_grad_()
+    bias = torch.randn(20, requires_grad=True) if with_bias else None
+    parameters = [weight] if bias is None else [weight, bias]
+    pooling = "relu" if kind == "relu" else "max_pool2d"
+    with fastconv.use_backend(backend), _Watch() as watch:
+        y = layer(kind, x, weight, bias)
+        grad = torch.randn_like(y)
+        alone = torch.autograd.grad(y, parameters, grad)
+        composed = torch.autograd.grad(layer(kind, x.clone().requires_grad_(), weight, bias), parameters, grad)
+    op = "conv2d_relu_weight_grad" if kind == "relu" else "conv2d_relu_max_pool2d_weight_grad"
+    assert [n for n in watch.names if "grad" in n or "backward" in n] == [op, f"{pooling}_backward", "conv2d_backward"]
+    for a, c in zip(alone, composed, strict=True):
+        assert a.stride() == c.stride()
+        assert_close(a, c.double(), torch.float32, math.prod(grad.shape))
+    if backend == "aten":
+        assert all(map(torch.equal, alone, composed))
+
+
+def test_residual_and_second_derivatives_take_the_composed_path() -> None:
+    x, weight = torch.randn(2, 3, 6, 6), torch.randn(8, 3, 3, 3, requires_grad=True)
+    residual = torch.randn(2, 8, 6, 6, requires_grad=True)
+    y = FC.conv2d_relu(x, weight, None, 1, 1)
+    with _Watch() as watch:
+        FC.conv2d_relu(x, weight, None, 1, 1, residual=residual).sum().backward()
+        (grad,) = torch.autograd.grad(y.square().sum(), weight, create_graph=True)
+    assert "conv2d_relu_weight_grad" not in watch.names
+    assert grad.requires_grad
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+def test_chain(pooled: bool) -> None:
+    """A chain's first layer behind a pool; without one its gradient comes masked from the layer above."""
+    torch.manual_seed(1)
+    net = nn.ConvChain(
+        (nn.ConvReLUMaxPool2d(3, 8, 3, padding=1) if pooled else nn.ConvReLU2d(3, 8, 3, padding=1)),
+        nn.ConvReLU2d(8, 4, 3, padding=1),
+    ).to(memory_format=CHANNELS_LAST)
+    x = random((2, 3, 12, 10), torch.float32)
+    with _Watch() as watch:
+        net(x).square().sum().backward()
+    assert ("conv2d_relu_max_pool2d_weight_grad" in watch.names) == pooled
+    grads = [p.grad for p in net.parameters()]
+    net.zero_grad()
+    with fastconv.use_backend("aten"):
+        net(x.clone().requires_grad_()).square().sum().backward()
+    for grad, parameter in zip(grads, net.parameters(), strict=True):
+        assert grad is not None and parameter.grad is not None
+        assert_close(grad, parameter.grad.double(), torch.float32, 2 * 12 * 10 * 8)
