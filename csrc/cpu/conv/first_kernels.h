@@ -130,6 +130,18 @@ FASTCONV_INLINE void write_windows(
   }
 }
 
+// Asks for the lines that `write_pixels` will write: an unpooled output takes longer to get into the cache than to compute.
+template <class T>
+FASTCONV_INLINE void prefetch_pixels(
+    const FirstPass<T>& pass, int64_t image, int64_t row, int64_t column, int64_t count, int64_t first) {
+  const FirstSizes& s = pass.sizes;
+  const T* const to = pass.output.y + ((image * s.out_height + row) * s.out_width + column) * s.out_channels + first;
+  for (int64_t i = 0; i < count; ++i) {
+    __builtin_prefetch(to + i * s.out_channels, 1);
+    __builtin_prefetch(to + i * s.out_channels + kWidth, 1);
+  }
+}
+
 template <class T>
 void first_forward(const FirstPass<T>& pass, Strip strip, float* memory) {
   const FirstSizes& s = pass.sizes;
@@ -142,6 +154,7 @@ void first_forward(const FirstPass<T>& pass, Strip strip, float* memory) {
     for (int64_t column = 0; column < s.out_width; column += kColumns) {
       const int64_t pixels = least(kColumns, s.out_width - column);
       for (int64_t first = 0; first < s.out_channels; first += kPanel) {
+        if (step == 1) prefetch_pixels(pass, strip.image, row, column, pixels, first);
         for (int64_t i = 0; i < count; ++i) {
           const FirstElement* const top = rows + (r + i) * s.stride_h * s.padded();
           const float* const filter = pass.filter + first / kPanel * of_panel;
