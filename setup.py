@@ -1,8 +1,12 @@
 """Builds the compiled library (csrc), or decides not to, and says which and why.
 
-FASTCONV_BUILD=auto (the default)  the CPU library where torch and a C++ compiler are found, else pure Python
+FASTCONV_BUILD=auto (the default)  the CPU library where torch and a C++ compiler are found, and the CUDA library beside it
+                                   where torch was built for CUDA and nvcc is found; else pure Python
 FASTCONV_BUILD=cpu                 the CPU library; an error where torch or the compiler is missing
+FASTCONV_BUILD=cuda                both libraries; an error where anything is missing
 FASTCONV_BUILD=none                pure Python
+
+Whether a GPU is visible is never asked. TORCH_CUDA_ARCH_LIST says what nvcc compiles for, else ARCHITECTURES does.
 
 FASTCONV_SANITIZE=address,undefined builds a library for debugging, with g++'s sanitizers of these names: a finding ends the
 process. `make sanitize` builds one into a folder of its own and preloads what it needs.
@@ -13,15 +17,17 @@ A compiler that is found but fails is an error in every mode but 'none'. Everyth
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from types import ModuleType
 
 from setuptools import setup
 
-MODES = ("auto", "cpu", "none")
+MODES = ("auto", "cpu", "cuda", "none")
 SOURCES = (
     "csrc/registry.cpp",
     "csrc/cpu/avg_pool.cpp",
@@ -43,6 +49,20 @@ SOURCES = (
     "csrc/cpu/relu.cpp",
     "csrc/cpu/simd.cpp",
 )
+CUDA_SOURCES = (
+    "csrc/cuda/avg_pool.cu",
+    "csrc/cuda/batch_norm.cu",
+    "csrc/cuda/batch_norm_backward.cu",
+    "csrc/cuda/conv.cu",
+    "csrc/cuda/conv_bf16.cu",
+    "csrc/cuda/conv_f16.cu",
+    "csrc/cuda/conv_ieee.cu",
+    "csrc/cuda/conv_tf32.cu",
+    "csrc/cuda/max_pool.cu",
+    "csrc/cuda/relu.cu",
+    "csrc/cuda/registry.cpp",
+)
+# Both libraries'.
 HEADERS = (
     "csrc/cpu/batch_norm.h",
     "csrc/cpu/channel_sums.h",
@@ -74,12 +94,33 @@ HEADERS = (
     "csrc/cpu/simd.h",
     "csrc/cpu/tensors.h",
     "csrc/cpu/windows.h",
+    "csrc/cuda/batch_norm.h",
+    "csrc/cuda/conv.h",
+    "csrc/cuda/conv_kernels.h",
+    "csrc/cuda/conv_launch.h",
+    "csrc/cuda/conv_wgrad.h",
+    "csrc/cuda/device.h",
+    "csrc/cuda/launch.h",
+    "csrc/cuda/operands.h",
+    "csrc/cuda/operators.h",
+    "csrc/cuda/pixels.h",
+    "csrc/cuda/sum_rows.h",
+    "csrc/cuda/tensors.h",
+    "csrc/cuda/tile.h",
+    "csrc/cuda/values.h",
+    "csrc/cuda/windows.h",
+    "csrc/maps.h",
+    "csrc/passes.h",
+    "csrc/schemas.h",
 )
 # -ffp-contract=off: element-wise passes give the same bits on every instruction set, with or without fused multiply-adds.
 # -fno-math-errno and -fno-trapping-math only free the vectoriser; NaN and infinities keep their meaning.
 FLAGS = ("-O3", "-g0", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden")
 # In place of -O3 -g0 under FASTCONV_SANITIZE: reports name lines and callers.
 SANITIZER_FLAGS = ("-O2", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recover=all")
+NVCC_FLAGS = ("-O3", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden")
+# Compute capabilities: one for each kind of tensor core. The last nvcc knows comes as PTX too, for chips that are newer.
+ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")
 # The oldest torch whose stable ABI the library may use; one binary then serves it and every later one.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
@@ -111,8 +152,16 @@ def find_compiler() -> str | None:
     return next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
-def choose(mode: str, torch: ModuleType | None, compiler: str | None) -> tuple[bool, str]:
-    """Whether to build the library, and why.
+def find_nvcc() -> str | None:
+    """CUDA's compiler: of $CUDA_HOME or $CUDA_PATH, else on PATH, else where CUDA installs itself."""
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(name):
+            return shutil.which("nvcc", path=os.path.join(os.environ[name], "bin"))
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def choose(mode: str, torch: ModuleType | None, compiler: str | None, nvcc: str | None) -> tuple[tuple[str, ...], str]:
+    """Which libraries to build, 'cpu' and 'cuda', and why.
 
     Raises:
         SystemExit: the mode is unknown, or asks for a library that cannot be built.
@@ -120,18 +169,52 @@ def choose(mode: str, torch: ModuleType | None, compiler: str | None) -> tuple[b
     if mode not in MODES:
         raise SystemExit(f"FASTCONV_BUILD={mode!r} is unknown; allowed: {', '.join(MODES)}")
     if mode == "none":
-        return False, "FASTCONV_BUILD=none"
+        return (), "FASTCONV_BUILD=none"
     missing = []
     if torch is None:
         missing.append("torch is not installed in this environment (install it first)")
     if compiler is None:
         missing.append("no C++ compiler was found ($CXX, c++, g++, clang++)")
-    if not missing:
-        return True, f"FASTCONV_BUILD={mode}, torch {torch.__version__}, compiler {compiler}"
-    reason = " and ".join(missing)
+    no_cuda = []
+    if torch is not None and torch.version.cuda is None:
+        no_cuda.append(f"torch {torch.__version__} was built without CUDA")
+    if nvcc is None:
+        no_cuda.append("no nvcc was found ($CUDA_HOME, PATH, /usr/local/cuda)")
+    wanted = {"cpu": missing, "cuda": [*missing, *no_cuda]}.get(mode, [])
+    if wanted:
+        raise SystemExit(f"FASTCONV_BUILD={mode}, but {' and '.join(wanted)}")
+    if missing:
+        return (), " and ".join(missing)
+    assert torch is not None
+    found = f"FASTCONV_BUILD={mode}, torch {torch.__version__}, compiler {compiler}"
     if mode == "cpu":
-        raise SystemExit(f"FASTCONV_BUILD=cpu, but {reason}")
-    return False, reason
+        return ("cpu",), found
+    if no_cuda:
+        return ("cpu",), f"{found}; no CUDA library: {' and '.join(no_cuda)}"
+    return ("cpu", "cuda"), f"{found}, {nvcc} for {' '.join(architectures(nvcc))}"
+
+
+def architectures(nvcc: str | None) -> list[str]:
+    """Compute capabilities to compile for, as torch's extensions take them: '9.0', or '9.0+PTX'.
+
+    Raises:
+        SystemExit: TORCH_CUDA_ARCH_LIST asks for one that the kernels cannot run on.
+    """
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+    for name in asked:
+        major = name.partition(".")[0]
+        if major.isdecimal() and int(major) < 8:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST asks for {name}, but the CUDA kernels need compute capability 8.0: cp.async, and "
+                f"tensor cores that know bfloat16 and TF32"
+            )
+    if asked or nvcc is None:
+        return asked
+    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    known = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in listed]
+    if not known:
+        raise SystemExit(f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST")
+    return [*known[:-1], f"{known[-1]}+PTX"]
 
 
 def flags(sanitizers: str) -> tuple[list[str], list[str]]:
@@ -143,31 +226,66 @@ def flags(sanitizers: str) -> tuple[list[str], list[str]]:
     return compile_flags, link_flags
 
 
-def extension(compiler: str) -> dict[str, object]:
-    """setup()'s arguments for the compiled library."""
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-
+def extensions(libraries: tuple[str, ...], compiler: str, nvcc: str | None) -> dict[str, object]:
+    """setup()'s arguments for the compiled libraries."""
     os.environ.setdefault("CXX", compiler)
+    if "cuda" in libraries and nvcc is not None:  # both are read when torch's module is imported, or when it builds
+        os.environ.setdefault("CUDA_HOME", toolkit_of(nvcc))
+        os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures(nvcc))
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
     compile_flags, link_flags = flags(os.environ.get("FASTCONV_SANITIZE", ""))
-    told = [f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", f'-DFASTCONV_FLAGS="{" ".join(compile_flags)}"']
-    module = CppExtension(
-        "fastconv._C",
-        list(SOURCES),
-        depends=list(HEADERS),
-        extra_compile_args={"cxx": [*compile_flags, *told]},
-        extra_link_args=link_flags,
-    )
-    return {"ext_modules": [module], "cmdclass": {"build_ext": BuildExtension}}
+    stable = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+    modules = [
+        CppExtension(
+            "fastconv._C",
+            list(SOURCES),
+            depends=list(HEADERS),
+            extra_compile_args={"cxx": [*compile_flags, stable, f'-DFASTCONV_FLAGS="{" ".join(compile_flags)}"']},
+            extra_link_args=link_flags,
+        )
+    ]
+    if "cuda" in libraries and nvcc is not None:
+        told = [
+            f'-DFASTCONV_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"',
+            f'-DFASTCONV_NVCC="{version_of(nvcc)}"',
+        ]
+        modules.append(
+            CUDAExtension(
+                "fastconv._cuda",
+                list(CUDA_SOURCES),
+                depends=list(HEADERS),
+                extra_compile_args={"cxx": [*FLAGS, "-DUSE_CUDA", stable, *told], "nvcc": [*NVCC_FLAGS, stable]},
+                extra_link_args=["-s"],
+            )
+        )
+    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}
+
+
+def toolkit_of(nvcc: str) -> str:
+    """The folder of the toolkit that `nvcc`, which may be a script somewhere else, belongs to."""
+    steps = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True).stderr
+    found = re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
+    return os.path.realpath(found[1] if found else os.path.join(os.path.dirname(os.path.realpath(nvcc)), ".."))
+
+
+def version_of(nvcc: str) -> str:
+    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\S+),", printed)
+    return found[1] if found else "unknown"
 
 
 def main() -> None:
     mode = os.environ.get("FASTCONV_BUILD", "auto")
-    compiler = find_compiler()
+    compiler, nvcc = find_compiler(), find_nvcc()
     torch = None if mode == "none" else find_torch()
-    build, reason = choose(mode, torch, compiler)
+    libraries, reason = choose(mode, torch, compiler, nvcc)
+    built = {(): "pure Python, without libraries", ("cpu",): "the CPU library"}.get(
+        libraries, "the CPU and the CUDA library"
+    )
     # Standard error: metadata commands answer on standard output. pip shows it with -v.
-    print(f"fastconv: {'the CPU library' if build else 'pure Python, without the library'} ({reason})", file=sys.stderr)
-    setup(**(extension(compiler) if build and compiler else {}))
+    print(f"fastconv: {built} ({reason})", file=sys.stderr)
+    setup(**(extensions(libraries, compiler, nvcc) if libraries and compiler else {}))
 
 
 if __name__ == "__main__":

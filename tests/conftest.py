@@ -14,14 +14,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
 
+from emu import build
+
 import fastconv
 from fastconv import tuning
 from fastconv.tuning import tables
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if "cpu_kernels" not in item.keywords or _params(item).get("compiled") != "emulated"]
     for item in items:
-        params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        params = _params(item)
         on_gpu = "gpu" in item.keywords
         if on_gpu and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -29,6 +32,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="the native backend serves CPU tensors"))
         elif params.get("backend") == "triton" and not on_gpu and torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="Triton's interpreter is off where there is a GPU"))
+
+
+def _params(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
 
 
 @pytest.fixture(autouse=True)
@@ -56,3 +63,24 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuning.forget()
     yield tmp_path / "fastconv"
     tuning.forget()
+
+
+@pytest.fixture(scope="session")
+def machine() -> build.Machine:
+    """The CUDA kernels, run on a CPU."""
+    if (reason := build.unavailable()) is not None:
+        pytest.skip(reason)
+    return build.machine()
+
+
+@pytest.fixture(params=["cpu", "emulated"])
+def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Whose operators the launchers of the native backend call: the CPU library's, and the CUDA kernels on a CPU.
+
+    Tests marked `cpu_kernels` are of the former only.
+    """
+    if request.param == "cpu":
+        yield "cpu"
+        return
+    with request.getfixturevalue("machine").serving():
+        yield "emulated"

@@ -35,10 +35,10 @@ class guarded(TorchDispatchMode):
         self.seen: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace != "fastconv_native":
+        if func.namespace not in ("fastconv_native", "fastconv_emulated"):
             return func(*args, **(kwargs or {}))
         assert not kwargs, f"{func}: operands by name are not guarded"
-        name = func._schema.name.removeprefix("fastconv_native::")
+        name = func._schema.name.partition("::")[2]
         self.seen.add(name)
         written = [a.alias_info is not None and a.alias_info.is_write for a in func._schema.arguments]
         bands: dict[tuple[object, ...], _Bands] = {}

@@ -50,13 +50,14 @@ def test_info_shows_the_tables_in_force(cache: Path, capsys: pytest.CaptureFixtu
 def test_info_says_what_is_missing(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     from fastconv.cli import info
 
-    monkeypatch.setattr(native_library, "_load", lambda: "the compiled library is not installed: install g++")
+    monkeypatch.setattr(native_library, "_load", lambda name: "the compiled library is not installed: install g++")
     monkeypatch.setattr(info, "_version", lambda name: None)
     assert main(["info"]) == 0
     printed = capsys.readouterr().out
     assert "install g++" in printed
     assert "compiled library       none: the compiled library is not installed" in printed
     assert "native on cpu          no: the compiled library is not installed" in printed
+    assert "CUDA library           none: the compiled library is not installed" in printed
     assert "Triton                 not installed" in printed
     assert "missing: scikit-learn, matplotlib, tqdm" in printed
 

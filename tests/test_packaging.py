@@ -9,13 +9,20 @@ import sys
 import sysconfig
 import tarfile
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-TORCH = ModuleType("torch")
-TORCH.__version__ = "2.11"
+
+
+def torch_for(cuda: str | None) -> ModuleType:
+    torch = ModuleType("torch")
+    torch.__version__, torch.version = "2.11", SimpleNamespace(cuda=cuda)
+    return torch
+
+
+TORCH, CUDA_TORCH = torch_for(None), torch_for("13.0")
 
 
 @pytest.fixture
@@ -27,28 +34,77 @@ def setup_py() -> ModuleType:
     return module
 
 
+@pytest.fixture
+def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A compiler that knows chips up to sm_90."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    path = tmp_path / "cuda" / "bin" / "nvcc"
+    path.parent.mkdir(parents=True)
+    path.write_text("#!/bin/sh\necho compute_75; echo compute_80; echo compute_86; echo compute_89; echo compute_90\n")
+    path.chmod(0o755)
+    return str(path)
+
+
 @pytest.mark.parametrize("mode", ["auto", "cpu"])
 def test_builds_with_torch_and_compiler(setup_py: ModuleType, mode: str) -> None:
-    build, reason = setup_py.choose(mode, TORCH, "g++")
-    assert build and "2.11" in reason and "g++" in reason
+    libraries, reason = setup_py.choose(mode, TORCH, "g++", None)
+    assert libraries == ("cpu",) and "2.11" in reason and "g++" in reason
+
+
+@pytest.mark.parametrize("mode", ["auto", "cuda"])
+def test_builds_for_cuda_without_a_gpu(setup_py: ModuleType, nvcc: str, mode: str) -> None:
+    libraries, reason = setup_py.choose(mode, CUDA_TORCH, "g++", nvcc)
+    assert libraries == ("cpu", "cuda") and nvcc in reason and "8.0 8.6 8.9 9.0+PTX" in reason
+    assert setup_py.choose("cpu", CUDA_TORCH, "g++", nvcc)[0] == ("cpu",)
 
 
 @pytest.mark.parametrize("torch, compiler, missing", [(None, "g++", "torch"), (TORCH, None, "compiler")])
 def test_missing_parts(setup_py: ModuleType, torch: ModuleType | None, compiler: str | None, missing: str) -> None:
-    build, reason = setup_py.choose("auto", torch, compiler)
-    assert not build and missing in reason
-    with pytest.raises(SystemExit, match=missing):
-        setup_py.choose("cpu", torch, compiler)
+    libraries, reason = setup_py.choose("auto", torch, compiler, "nvcc")
+    assert not libraries and missing in reason
+    for mode in ("cpu", "cuda"):
+        with pytest.raises(SystemExit, match=missing):
+            setup_py.choose(mode, torch, compiler, "nvcc")
+
+
+@pytest.mark.parametrize("torch, has_nvcc, missing", [(TORCH, True, "built without CUDA"), (CUDA_TORCH, False, "no nvcc")])
+def test_missing_parts_for_cuda(setup_py: ModuleType, nvcc: str, torch: ModuleType, has_nvcc: bool, missing: str) -> None:
+    found = nvcc if has_nvcc else None
+    libraries, reason = setup_py.choose("auto", torch, "g++", found)
+    assert libraries == ("cpu",) and missing in reason
+    with pytest.raises(SystemExit, match=f"FASTCONV_BUILD=cuda, but .*{missing}"):
+        setup_py.choose("cuda", torch, "g++", found)
 
 
 def test_none_never_builds(setup_py: ModuleType) -> None:
-    assert setup_py.choose("none", TORCH, "g++") == (False, "FASTCONV_BUILD=none")
+    assert setup_py.choose("none", CUDA_TORCH, "g++", "nvcc") == ((), "FASTCONV_BUILD=none")
 
 
-@pytest.mark.parametrize("mode", ["cuda", "", "AUTO"])
+@pytest.mark.parametrize("mode", ["opencl", "", "AUTO"])
 def test_unknown_mode_lists_the_allowed_ones(setup_py: ModuleType, mode: str) -> None:
-    with pytest.raises(SystemExit, match="auto, cpu, none"):
-        setup_py.choose(mode, TORCH, "g++")
+    with pytest.raises(SystemExit, match="auto, cpu, cuda, none"):
+        setup_py.choose(mode, TORCH, "g++", None)
+
+
+def test_architectures_of_the_environment(setup_py: ModuleType, nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert setup_py.architectures(nvcc) == ["8.0", "8.6", "8.9", "9.0+PTX"]
+    for asked in ("8.6;12.0+PTX", "8.6 12.0+PTX"):
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+        assert setup_py.architectures(nvcc) == ["8.6", "12.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0")
+    with pytest.raises(SystemExit, match=r"7\.5.*need compute capability 8\.0"):
+        setup_py.architectures(nvcc)
+
+
+def test_nvcc_of_the_environment(setup_py: ModuleType, nvcc: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CUDA_PATH", raising=False)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    assert setup_py.find_nvcc() == nvcc
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "absent"))
+    assert setup_py.find_nvcc() is None
+    monkeypatch.delenv("CUDA_HOME")
+    monkeypatch.setenv("PATH", str(Path(nvcc).parent))
+    assert setup_py.find_nvcc() == nvcc
 
 
 def test_compiler_of_the_environment(setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -64,8 +120,8 @@ def test_compiler_of_the_environment(setup_py: ModuleType, monkeypatch: pytest.M
 
 
 def test_lists_every_source(setup_py: ModuleType) -> None:
-    listed = {*setup_py.SOURCES, *setup_py.HEADERS}
-    present = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".inc")}
+    listed = {*setup_py.SOURCES, *setup_py.CUDA_SOURCES, *setup_py.HEADERS}
+    present = {str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".h", ".inc")}
     assert listed == present
 
 
@@ -89,8 +145,8 @@ def test_sanitizers_are_compiled_and_linked_in_where_asked_for(setup_py: ModuleT
 
 
 def test_unknown_mode_fails() -> None:
-    result = run("setup.py", "--version", cwd=ROOT, FASTCONV_BUILD="cuda")
-    assert result.returncode != 0 and "allowed: auto, cpu, none" in result.stderr
+    result = run("setup.py", "--version", cwd=ROOT, FASTCONV_BUILD="gpu")
+    assert result.returncode != 0 and "allowed: auto, cpu, cuda, none" in result.stderr
 
 
 @pytest.mark.slow
@@ -101,7 +157,14 @@ def test_source_distribution(tmp_path: Path, setup_py: ModuleType) -> None:
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as files:
         names = {name.partition("/")[2] for name in files.getnames()}
-    assert {"LICENSE", "setup.py", "fastconv/py.typed", *setup_py.SOURCES, *setup_py.HEADERS} <= names
+    assert {
+        "LICENSE",
+        "setup.py",
+        "fastconv/py.typed",
+        *setup_py.SOURCES,
+        *setup_py.CUDA_SOURCES,
+        *setup_py.HEADERS,
+    } <= names
     assert not any(name.endswith((".so", ".pyc")) for name in names)
 
 

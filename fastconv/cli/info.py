@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+from types import ModuleType
 from typing import Any
 
 import torch
 
 import fastconv
 from fastconv import backends
-from fastconv.backends import native, native_amx
+from fastconv.backends import native, native_amx, native_library
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy, get_precision
 from fastconv.tuning import tables
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
 
 def rows() -> list[tuple[str, str]]:
     """Names and values, in the order printed."""
-    return [*_versions(), *_devices(), *_native(), *_backends(), *_tables()]
+    return [*_versions(), *_devices(), *_native(), _cuda_library(), *_backends(), *_tables()]
 
 
 def _versions() -> list[tuple[str, str]]:
@@ -77,10 +78,19 @@ def _native() -> list[tuple[str, str]]:
     if missing is not None:
         return [("compiled library", f"none: {missing}"), ("", "a C++ compiler is, for instance, Debian's package g++")]
     library = native.library()
-    build = ", ".join(f"{key} {value}" for key, value in library.build_info().items())
     missing = native_amx.unavailable()
     amx = "ready" if missing is None else f"no: {missing}"
-    return [("compiled library", build), ("its CPU kernels", library.cpu_capability()), ("its AMX kernels", amx)]
+    found = [("its CPU kernels", library.cpu_capability()), ("its AMX kernels", amx)]
+    return [("compiled library", _build(library)), *found]
+
+
+def _cuda_library() -> tuple[str, str]:
+    library = native_library.cuda_library()
+    return ("CUDA library", f"none: {library}" if isinstance(library, str) else _build(library))
+
+
+def _build(library: ModuleType) -> str:
+    return ", ".join(f"{key} {value}" for key, value in library.build_info().items())
 
 
 def _backends() -> list[tuple[str, str]]:

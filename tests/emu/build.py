@@ -1,0 +1,134 @@
+"""Builds and loads the emulated library: the sources of csrc/cuda as operators of torch.ops.fastconv_emulated."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+from fastconv import tuning
+from fastconv.backends import native_library
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CUDA = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "emu"
+COMPILER = os.environ.get("CXX", "g++")
+
+_INCLUDES = (HERE, ROOT / "csrc", CUDA, Path(torch.__file__).parent / "include")
+# Products are fused into sums where the source says so: by fmaf.
+_FLAGS = ("-std=c++20", "-O1", "-g0", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas")
+_DEFINED = ("-DFASTCONV_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+COUNTS = (
+    "launches",
+    "blocks",
+    "barriers",
+    "multiplications",
+    "matrix_loads",
+    "matrix_load_conflicts",
+    "async_copies",
+    "shared_accesses",
+    "global_accesses",
+)
+
+
+def unavailable() -> str | None:
+    """Why nothing can be emulated here; None where it can."""
+    if shutil.which(COMPILER) is None:
+        return f"no C++ compiler ({COMPILER})"
+    return native_library.unavailable()
+
+
+def sources() -> list[Path]:
+    """Of the emulated library: all of csrc/cuda but what registers it as CUDA operators, and the machine."""
+    return [*sorted(CUDA.glob("*.cu")), HERE / "machine.cpp", HERE / "library.cpp"]
+
+
+def _headers() -> list[Path]:
+    folders = (HERE, CUDA, ROOT / "csrc")
+    return sorted(p for folder in folders for p in folder.glob("*.h"))
+
+
+def compile_objects(files: Sequence[Path], folder: Path, flags: Sequence[str] = ()) -> list[Path]:
+    """Objects of C++ files, each compiled unless `folder` has it already, from the same text, headers and flags."""
+    folder.mkdir(parents=True, exist_ok=True)
+    shared = hashlib.sha256(repr((_FLAGS, flags, torch.__version__, COMPILER)).encode())
+    for header in _headers():
+        shared.update(header.read_bytes())
+
+    def compile_one(file: Path) -> Path:
+        digest = shared.copy()
+        digest.update(file.read_bytes())
+        target = folder / f"{file.stem}.{digest.hexdigest()[:16]}.o"
+        if not target.exists():
+            includes = (f"-I{file.parent}", *(f"-I{path}" for path in _INCLUDES))
+            unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+            command = [COMPILER, *_FLAGS, *_DEFINED, *flags, *includes, "-x", "c++", "-c", str(file), "-o", str(unfinished)]
+            run(command)
+            unfinished.replace(target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(compile_one, files))
+
+
+def link(objects: Sequence[Path], target: Path) -> Path:
+    """A library for this process, in which torch's own are loaded."""
+    folder = Path(torch.__file__).parent / "lib"
+    run([COMPILER, "-shared", "-o", str(target), *map(str, objects), f"-L{folder}", "-ltorch_cpu"])
+    return target
+
+
+def run(command: Sequence[str]) -> str:
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-3000:]}\n{result.stderr[-6000:]}"
+    return result.stdout
+
+
+class Machine:
+    """A loaded library, and what its machine counts."""
+
+    def __init__(self, library: Path, namespace: str = "fastconv_emulated") -> None:
+        torch.ops.load_library(library)
+        self.namespace = namespace
+        self._library = ctypes.CDLL(str(library))
+
+    def set_schedule(self, seed: int) -> None:
+        self._library.emu_set_schedule(seed)
+
+    def set_fault(self, number: int) -> None:
+        self._library.emu_set_fault(number)
+
+    def counts(self) -> dict[str, int]:
+        """Since the last call."""
+        values = (ctypes.c_uint64 * len(COUNTS))()
+        self._library.emu_counts(values)
+        self._library.emu_reset_counts()
+        return dict(zip(COUNTS, values, strict=True))
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[None]:
+        """A block in which the launchers of the native backend call this library."""
+        before, native_library.namespace = native_library.namespace, self.namespace
+        tuning.forget()
+        try:
+            yield
+        finally:
+            native_library.namespace = before
+            tuning.forget()
+
+
+def machine() -> Machine:
+    """The library of the sources as they are."""
+    objects = compile_objects(sources(), BUILD)
+    names = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
+    target = BUILD / f"emulated.{names}.so"
+    return Machine(target if target.exists() else link(objects, target))
