@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when kernels are decorated
 
+import report
 from emu import build
 
 import fastconv
@@ -65,12 +66,21 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuning.forget()
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in report.LINES:
+        terminalreporter.write_line(line)
+
+
 @pytest.fixture(scope="session")
-def machine() -> build.Machine:
+def machine() -> Iterator[build.Machine]:
     """The CUDA kernels, run on a CPU."""
     if (reason := build.unavailable()) is not None:
         pytest.skip(reason)
-    return build.machine()
+    machine = build.machine()
+    yield machine
+    machine.counts()
+    totals = ", ".join(f"{value:,} {name.replace('_', ' ')}" for name, value in machine.totals.items())
+    report.note(f"CUDA kernels run on a CPU: {totals}")
 
 
 @pytest.fixture(params=["cpu", "emulated"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastconv import tuning
+from fastconv.backends import native_library
 from fastconv.tuning import cpu
 
 _BAND = 1024  # elements on either side
@@ -35,7 +36,7 @@ class guarded(TorchDispatchMode):
         self.seen: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace not in ("fastconv_native", "fastconv_emulated"):
+        if func.namespace != native_library.namespace:
             return func(*args, **(kwargs or {}))
         assert not kwargs, f"{func}: operands by name are not guarded"
         name = func._schema.name.partition("::")[2]

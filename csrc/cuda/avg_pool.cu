@@ -36,7 +36,7 @@ FASTCONV_DEVICE float divisor_of(const AvgPoolParams<T>& p, int row, int column)
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kPassThreads) avg_pool_kernel(const AvgPoolParams<T> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) avg_pool_kernel(const AvgPoolParams<T> p) {
   const int channel = channel_of<V>(p.runs);
   const WindowAxis &rows = p.windows.rows, &columns = p.windows.columns;
   over_pixels<1, V>(p.runs, nullptr, [&](int pixel, float (&)[1][V]) {
@@ -61,7 +61,7 @@ __global__ void __launch_bounds__(kPassThreads) avg_pool_kernel(const AvgPoolPar
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kPassThreads) avg_pool_backward_kernel(const AvgPoolParams<T> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) avg_pool_backward_kernel(const AvgPoolParams<T> p) {
   const int channel = channel_of<V>(p.runs);
   const WindowAxis &rows = p.windows.rows, &columns = p.windows.columns;
   over_pixels<1, V>(p.runs, nullptr, [&](int pixel, float (&)[1][V]) {
@@ -91,7 +91,7 @@ struct GlobalPoolParams {
 };
 
 template <class T, int V>
-__global__ void __launch_bounds__(kPassThreads) global_avg_pool_kernel(const GlobalPoolParams<T> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) global_avg_pool_kernel(const GlobalPoolParams<T> p) {
   const int channel = channel_of<V>(p.runs);
   over_pixels<1, V>(p.runs, p.rows, [&](int pixel, float (&sums)[1][V]) {
     float x[V];
@@ -102,7 +102,7 @@ __global__ void __launch_bounds__(kPassThreads) global_avg_pool_kernel(const Glo
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kPassThreads) global_avg_pool_backward_kernel(const GlobalPoolParams<T> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) global_avg_pool_backward_kernel(const GlobalPoolParams<T> p) {
   const int channel = channel_of<V>(p.runs);
   over_pixels<1, V>(p.runs, nullptr, [&](int pixel, float (&)[1][V]) {
     float grad[V];

@@ -26,7 +26,7 @@ FASTCONV_DEVICE float finite_or_zero(float value) { return value - value == 0.0f
 // Each thread takes its pixels by Welford's update, as distances from its first one; threads of a block are put together in
 // order, as distances from the first thread's mean. So digits are lost neither to a mean far from 0 nor to a far first value.
 template <class T, int V>
-__global__ void __launch_bounds__(kPassThreads) statistics_kernel(const StatisticsParams<T> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) statistics_kernel(const StatisticsParams<T> p) {
   const Runs& runs = p.runs;
   const int channel = channel_of<V>(runs);
   float count = 0.0f, pivot[V], mean[V], squares[V], sum[V];
@@ -114,7 +114,7 @@ struct NormaliseParams {
 };
 
 template <class T, int V>
-__global__ void __launch_bounds__(kPassThreads) normalise_kernel(const NormaliseParams<T> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) normalise_kernel(const NormaliseParams<T> p) {
   const int channel = channel_of<V>(p.runs);
   const auto normalise = Normalisation<V>::template of<T>(p.terms, channel, p.runs.channels);
   over_pixels<1, V>(p.runs, nullptr, [&](int pixel, float (&)[1][V]) {
@@ -133,7 +133,7 @@ __global__ void __launch_bounds__(kPassThreads) normalise_kernel(const Normalise
 }
 
 template <class T, int V>
-__global__ void __launch_bounds__(kPassThreads) normalise_pool_kernel(const NormaliseParams<T> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) normalise_pool_kernel(const NormaliseParams<T> p) {
   const int channel = channel_of<V>(p.runs);
   const auto normalise = Normalisation<V>::template of<T>(p.terms, channel, p.runs.channels);
   over_pixels<1, V>(p.runs, nullptr, [&](int pixel, float (&)[1][V]) {

@@ -71,7 +71,7 @@ struct Window {
 
 // Σ g and Σ g · (x − mean), of the closed gradient g. A NaN of x counts where g is 0 too, as in torch.
 template <class T, int V, bool kPool>
-__global__ void __launch_bounds__(kPassThreads) backward_sums_kernel(const BackwardParams<T> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) backward_sums_kernel(const BackwardParams<T> p) {
   const int channel = channel_of<V>(p.runs);
   float mean[V];
   FASTCONV_UNROLL
@@ -147,7 +147,7 @@ struct InputGrad {
 };
 
 template <class T, int V>
-__global__ void __launch_bounds__(kPassThreads) input_grad_kernel(const BackwardParams<T> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) input_grad_kernel(const BackwardParams<T> p) {
   const int channel = channel_of<V>(p.runs);
   const InputGrad<V> input_grad(p, channel);
   over_pixels<1, V>(p.runs, nullptr, [&](int pixel, float (&)[1][V]) {
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kPassThreads) input_grad_kernel(const Backward
 
 // Over windows: the row and column that an odd map leaves out of its pooling have a gradient through the statistics.
 template <class T, int V>
-__global__ void __launch_bounds__(kPassThreads) pool_input_grad_kernel(const BackwardParams<T> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) pool_input_grad_kernel(const BackwardParams<T> p) {
   const int channel = channel_of<V>(p.runs);
   const InputGrad<V> input_grad(p, channel);
   over_pixels<1, V>(p.runs, nullptr, [&](int window, float (&)[1][V]) {

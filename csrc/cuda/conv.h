@@ -183,11 +183,12 @@ FASTCONV_DEVICE void finish_pool(const Sums<S>& sums, const ConvParams& p, const
           best[e] = sums[i][j][2 * half + e];
           code[e] = 1 + lane.group % 4;
           FASTCONV_UNROLL
-          for (int bit = 1; bit <= 2; bit *= 2) {  // to the right, then down; lanes of neighbouring groups are 4 apart
+          // To the right, then down; lanes of neighbouring groups are 4 apart. What holds in the end is the first lane's value:
+          // whatever it takes comes later.
+          for (int bit = 1; bit <= 2; bit *= 2) {
             const float other = as_float(shuffle_xor(as_bits(best[e]), 4 * bit));
             const uint32_t other_code = shuffle_xor(code[e], 4 * bit);
-            const bool is_later = (lane.group & bit) != 0;
-            const bool takes_other = is_later ? !is_update(best[e], other) : is_update(other, best[e]);
+            const bool takes_other = is_update(other, best[e]);
             best[e] = takes_other ? other : best[e];
             code[e] = takes_other ? other_code : code[e];
           }

@@ -18,7 +18,7 @@ struct MaxPoolParams {
 
 // y = max_pool2d(relu(x) if relu else x); code = 1 + tap of the winner, 0 where ReLU closed.
 template <class T, class Code, int V>
-__global__ void __launch_bounds__(kPassThreads) max_pool_kernel(const MaxPoolParams<T, Code> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) max_pool_kernel(const MaxPoolParams<T, Code> p) {
   const int channel = channel_of<V>(p.runs);
   const WindowAxis &rows = p.windows.rows, &columns = p.windows.columns;
   over_pixels<1, V>(p.runs, nullptr, [&](int pixel, float (&)[1][V]) {
@@ -68,7 +68,7 @@ struct UnpoolParams {
 
 // Every pixel adds up, in order, the gradients of the windows that it won.
 template <class T, class Code, int V>
-__global__ void __launch_bounds__(kPassThreads) unpool_kernel(const UnpoolParams<T, Code> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) unpool_kernel(const UnpoolParams<T, Code> p) {
   const int channel = channel_of<V>(p.runs);
   const WindowAxis &rows = p.windows.rows, &columns = p.windows.columns;
   over_pixels<1, V>(p.runs, p.rows, [&](int pixel, float (&sums)[1][V]) {
@@ -98,7 +98,7 @@ __global__ void __launch_bounds__(kPassThreads) unpool_kernel(const UnpoolParams
 
 // 2×2 with stride 2: gradient and code of a window are read once, and its four pixels written.
 template <class T, class Code, int V>
-__global__ void __launch_bounds__(kPassThreads) unpool_2x2_kernel(const UnpoolParams<T, Code> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) unpool_2x2_kernel(const UnpoolParams<T, Code> p) {
   const int channel = channel_of<V>(p.runs);
   const WindowAxis &rows = p.windows.rows, &columns = p.windows.columns;
   over_pixels<1, V>(p.runs, p.rows, [&](int window, float (&sums)[1][V]) {

@@ -15,7 +15,7 @@ struct MaskParams {
 
 // masked = where(output <= 0, 0, grad), and its sums.
 template <class T, int V>
-__global__ void __launch_bounds__(kPassThreads) mask_kernel(const MaskParams<T> p) {
+__global__ void __launch_bounds__(kPassThreads, 2) mask_kernel(const MaskParams<T> p) {
   const int channel = channel_of<V>(p.runs);
   over_pixels<1, V>(p.runs, p.rows, [&](int pixel, float (&sums)[1][V]) {
     const int64_t offset = static_cast<int64_t>(pixel) * p.runs.channels + channel;

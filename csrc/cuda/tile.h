@@ -282,8 +282,7 @@ FASTCONV_DEVICE void multiply_tiles(Sums<S>& sums, A& a, B& b, int steps) {
     reading = reading + 1 == kStages ? 0 : reading + 1;
     writing = writing + 1 == kStages ? 0 : writing + 1;
   }
-  copy_async_wait<0>();
-  block_barrier();
+  block_barrier();  // the last copies were waited for: the groups behind them are empty
 }
 
 }  // namespace fastconv

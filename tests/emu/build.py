@@ -19,11 +19,11 @@ from fastconv.backends import native_library
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-CUDA = ROOT / "csrc" / "cuda"
+CSRC = ROOT / "csrc"
+NAMESPACE = "fastconv_emulated"
 BUILD = ROOT / "build" / "emu"
 COMPILER = os.environ.get("CXX", "g++")
 
-_INCLUDES = (HERE, ROOT / "csrc", CUDA, Path(torch.__file__).parent / "include")
 # Products are fused into sums where the source says so: by fmaf.
 _FLAGS = ("-std=c++20", "-O1", "-g0", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas")
 _DEFINED = ("-DFASTCONV_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000")
@@ -47,32 +47,27 @@ def unavailable() -> str | None:
     return native_library.unavailable()
 
 
-def sources() -> list[Path]:
+def sources(csrc: Path = CSRC) -> list[Path]:
     """Of the emulated library: all of csrc/cuda but what registers it as CUDA operators, and the machine."""
-    return [*sorted(CUDA.glob("*.cu")), HERE / "machine.cpp", HERE / "library.cpp"]
+    return [*sorted((csrc / "cuda").glob("*.cu")), HERE / "machine.cpp", HERE / "library.cpp"]
 
 
-def _headers() -> list[Path]:
-    folders = (HERE, CUDA, ROOT / "csrc")
-    return sorted(p for folder in folders for p in folder.glob("*.h"))
-
-
-def compile_objects(files: Sequence[Path], folder: Path, flags: Sequence[str] = ()) -> list[Path]:
-    """Objects of C++ files, each compiled unless `folder` has it already, from the same text, headers and flags."""
-    folder.mkdir(parents=True, exist_ok=True)
+def compile_objects(files: Sequence[Path], flags: Sequence[str] = (), csrc: Path = CSRC) -> list[Path]:
+    """Objects of C++ files, each compiled unless it is there already, from the same text, headers and flags."""
+    BUILD.mkdir(parents=True, exist_ok=True)
+    folders = (HERE, csrc, csrc / "cuda")
+    includes = [f"-I{folder}" for folder in (*folders, Path(torch.__file__).parent / "include")]
     shared = hashlib.sha256(repr((_FLAGS, flags, torch.__version__, COMPILER)).encode())
-    for header in _headers():
+    for header in sorted(path for folder in folders for path in folder.glob("*.h")):
         shared.update(header.read_bytes())
 
     def compile_one(file: Path) -> Path:
         digest = shared.copy()
         digest.update(file.read_bytes())
-        target = folder / f"{file.stem}.{digest.hexdigest()[:16]}.o"
+        target = BUILD / f"{file.stem}.{digest.hexdigest()[:16]}.o"
         if not target.exists():
-            includes = (f"-I{file.parent}", *(f"-I{path}" for path in _INCLUDES))
             unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-            command = [COMPILER, *_FLAGS, *_DEFINED, *flags, *includes, "-x", "c++", "-c", str(file), "-o", str(unfinished)]
-            run(command)
+            run([COMPILER, *_FLAGS, *_DEFINED, *flags, *includes, "-x", "c++", "-c", str(file), "-o", str(unfinished)])
             unfinished.replace(target)
         return target
 
@@ -96,9 +91,10 @@ def run(command: Sequence[str]) -> str:
 class Machine:
     """A loaded library, and what its machine counts."""
 
-    def __init__(self, library: Path, namespace: str = "fastconv_emulated") -> None:
+    def __init__(self, library: Path, namespace: str) -> None:
         torch.ops.load_library(library)
         self.namespace = namespace
+        self.totals = dict.fromkeys(COUNTS, 0)
         self._library = ctypes.CDLL(str(library))
 
     def set_schedule(self, seed: int) -> None:
@@ -112,7 +108,9 @@ class Machine:
         values = (ctypes.c_uint64 * len(COUNTS))()
         self._library.emu_counts(values)
         self._library.emu_reset_counts()
-        return dict(zip(COUNTS, values, strict=True))
+        found = dict(zip(COUNTS, values, strict=True))
+        self.totals = {name: self.totals[name] + value for name, value in found.items()}
+        return found
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[None]:
@@ -126,9 +124,9 @@ class Machine:
             tuning.forget()
 
 
-def machine() -> Machine:
-    """The library of the sources as they are."""
-    objects = compile_objects(sources(), BUILD)
+def machine(csrc: Path = CSRC, namespace: str = NAMESPACE) -> Machine:
+    """The library of the sources in `csrc`."""
+    objects = compile_objects(sources(csrc), [f"-DFASTCONV_NAMESPACE={namespace}"], csrc)
     names = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
-    target = BUILD / f"emulated.{names}.so"
-    return Machine(target if target.exists() else link(objects, target))
+    target = BUILD / f"{namespace}.{names}.so"
+    return Machine(target if target.exists() else link(objects, target), namespace)

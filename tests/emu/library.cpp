@@ -2,12 +2,19 @@
 #include "cuda/operators.h"
 #include "schemas.h"
 
-STABLE_TORCH_LIBRARY(fastconv_emulated, m) {
+#ifndef FASTCONV_NAMESPACE
+#define FASTCONV_NAMESPACE fastconv_emulated
+#endif
+// Names are put together before they are expanded.
+#define DEFINE(name, m) STABLE_TORCH_LIBRARY(name, m)
+#define IMPLEMENT(name, m) STABLE_TORCH_LIBRARY_IMPL(name, CPU, m)
+
+DEFINE(FASTCONV_NAMESPACE, m) {
   fastconv::define_passes(m);
   fastconv::define_cuda_convolutions(m);
 }
 
-STABLE_TORCH_LIBRARY_IMPL(fastconv_emulated, CPU, m) {
+IMPLEMENT(FASTCONV_NAMESPACE, m) {
   fastconv::implement_passes(m);
   fastconv::implement_cuda_convolutions(m);
 }

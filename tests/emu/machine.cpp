@@ -16,7 +16,7 @@ namespace emu {
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10, kGuardBytes = 4096;
-constexpr size_t kMostSharedBytes = 227 << 10;
+constexpr size_t kMostSharedBytes = 99 << 10;  // of sm_86 and sm_89; others have more
 constexpr int kWarp = 32;
 
 // ---- fibers: only registers that a call must preserve are kept

@@ -1,0 +1,166 @@
+"""The CUDA sources compiled by nvcc for chips that need not be there, and what their machine code says.
+
+Run as a script, it writes the table of docs/cuda.md: `python tests/emu/device_code.py docs/cuda.md`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+ROOT = Path(__file__).parents[2]
+CUDA = ROOT / "csrc" / "cuda"
+BUILD = ROOT / "build" / "nvcc"
+CAPABILITIES = (80, 90)
+FLAGS = ("-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+MOST_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a block can have
+
+# Of instructions, by what they do: products, fragments from shared memory, copies of 16 bytes to it, stores of 16 bytes.
+_INSTRUCTIONS = {
+    "products": r"HMMA\.",
+    "fragments": r"LDSM\.\S*M(T)?88\.4",
+    "copies": r"LDGSTS\S*\.128",
+    "wide_loads": r"LDG\S*\.128",
+    "wide_stores": r"STG\S*\.128",
+}
+
+
+class Kernel(NamedTuple):
+    """One kernel on one chip."""
+
+    name: str
+    capability: int
+    registers: int
+    spilled_bytes: int
+    instructions: Counter[str]
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled here; None where it can."""
+    if nvcc() is None:
+        return "no nvcc"
+    return None if _tool("cuobjdump").exists() else "no disassembler: it comes with Triton"
+
+
+def nvcc() -> str | None:
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def sources() -> list[Path]:
+    return sorted(CUDA.glob("*.cu"))
+
+
+def compile_all(capabilities: Sequence[int] = CAPABILITIES) -> dict[Path, Path]:
+    """An object for each source, compiled unless it is there already from the same text and headers.
+
+    Raises:
+        RuntimeError: a source does not compile.
+    """
+    BUILD.mkdir(parents=True, exist_ok=True)
+    text = b"".join(path.read_bytes() for path in sorted([*CUDA.glob("*.h"), *(ROOT / "csrc").glob("*.h")]))
+
+    def compile_one(source: Path) -> Path:
+        key = hashlib.sha256(repr((FLAGS, capabilities, torch.__version__)).encode() + text + source.read_bytes())
+        target = BUILD / f"{source.stem}.{key.hexdigest()[:16]}.o"
+        if not (target.exists() and _log(target).exists()):
+            chips = (("-gencode", f"arch=compute_{chip},code=sm_{chip}") for chip in capabilities)
+            include = Path(torch.__file__).parent / "include"
+            unfinished = target.with_suffix(f".{os.getpid()}.o")
+            command = [str(nvcc()), *FLAGS, f"-I{include}", *(word for chip in chips for word in chip), "-Xptxas", "-v"]
+            result = subprocess.run([*command, "-c", str(source), "-o", str(unfinished)], capture_output=True, text=True)
+            if result.returncode != 0:
+                raise RuntimeError(f"{source.name} does not compile:\n{result.stderr[-4000:]}")
+            _log(target).write_text(result.stderr)
+            unfinished.replace(target)
+        return target
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return dict(zip(sources(), pool.map(compile_one, sources()), strict=True))
+
+
+def kernels(objects: dict[Path, Path]) -> list[Kernel]:
+    """What ptxas says of every kernel, and what its machine code holds."""
+    return [kernel for target in objects.values() for kernel in _kernels(target)]
+
+
+def _kernels(target: Path) -> Iterator[Kernel]:
+    code = {key: Counter(_counts(lines)) for key, lines in _functions(target)}
+    parts = (
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'",
+        r"(\d+) bytes spill stores, (\d+) bytes",
+        r"Used (\d+) registers",
+    )
+    pattern = re.compile(".*?".join(parts), re.DOTALL)
+    for name, capability, stores, loads, registers in pattern.findall(_log(target).read_text()):
+        key = (name, int(capability))
+        yield Kernel(demangled(name), key[1], int(registers), int(stores) + int(loads), code[key])
+
+
+def _functions(target: Path) -> Iterator[tuple[tuple[str, int], list[str]]]:
+    """((mangled name, capability), lines of the disassembly) of each kernel in an object."""
+    printed = subprocess.run([_tool("cuobjdump"), "-sass", target], capture_output=True, text=True, check=True).stdout
+    found: dict[tuple[str, int], list[str]] = {}
+    capability, lines = 0, []
+    for line in printed.splitlines():
+        if chip := re.match(r"\s*(?:code for|arch =) sm_(\d+)", line):
+            capability = int(chip[1])
+        elif function := re.match(r"\s*Function : (\S+)", line):
+            lines = found.setdefault((function[1], capability), [])
+        else:
+            lines.append(line)
+    yield from found.items()
+
+
+def _counts(lines: list[str]) -> dict[str, int]:
+    code = "\n".join(lines)
+    return {what: len(re.findall(pattern, code)) for what, pattern in _INSTRUCTIONS.items()}
+
+
+def demangled(name: str) -> str:
+    """Template and arguments, without what every name has."""
+    plain = subprocess.run(["c++filt", name], capture_output=True, text=True, check=True).stdout.strip()
+    plain = re.sub(r"^void ", "", plain).replace("fastconv::", "")
+    plain = re.sub(r"\(Route\)(\d)", lambda found: ("forward", "forward+pool", "input gradient")[int(found[1])], plain)
+    return re.sub(r"\([^()]*\)$", "", plain)
+
+
+def _log(target: Path) -> Path:
+    return target.with_suffix(".ptxas")
+
+
+def _tool(name: str) -> Path:
+    try:
+        import triton
+    except ImportError:
+        return Path(name)
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+
+
+def table(found: Sequence[Kernel]) -> str:
+    """Markdown: registers of every kernel on each chip, spilled bytes where there are any."""
+    by_name: dict[str, dict[int, Kernel]] = {}
+    for kernel in found:
+        by_name.setdefault(kernel.name, {})[kernel.capability] = kernel
+    chips = sorted({kernel.capability for kernel in found})
+    lines = ["| kernel | " + " | ".join(f"sm_{chip} registers" for chip in chips) + " | spilled bytes |"]
+    lines.append("|---|" + "---:|" * (len(chips) + 1))
+    for name in sorted(by_name):
+        here = by_name[name]
+        spilled = max(kernel.spilled_bytes for kernel in here.values())
+        lines.append(f"| `{name}` | " + " | ".join(str(here[chip].registers) for chip in chips) + f" | {spilled or ''} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    print(table(kernels(compile_all())), file=sys.stdout)
