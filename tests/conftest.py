@@ -19,18 +19,21 @@ from emu import build
 
 import fastconv
 from fastconv import tuning
+from fastconv.backends import native_library
 from fastconv.tuning import tables
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items[:] = [item for item in items if "cpu_kernels" not in item.keywords or _params(item).get("compiled") != "emulated"]
+    items[:] = [
+        item for item in items if "cpu_kernels" not in item.keywords or _params(item).get("compiled", "cpu") == "cpu"
+    ]
     for item in items:
         params = _params(item)
         on_gpu = "gpu" in item.keywords
         if on_gpu and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
-        elif params.get("device") == "cuda" and params.get("backend") == "native":
-            item.add_marker(pytest.mark.skip(reason="the native backend serves CPU tensors"))
+        elif params.get("device") == "cuda" and params.get("backend") == "native" and native_library.unavailable_cuda():
+            item.add_marker(pytest.mark.skip(reason=str(native_library.unavailable_cuda())))
         elif params.get("backend") == "triton" and not on_gpu and torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="Triton's interpreter is off where there is a GPU"))
 
@@ -83,14 +86,19 @@ def machine() -> Iterator[build.Machine]:
     report.note(f"CUDA kernels run on a CPU: {totals}")
 
 
-@pytest.fixture(params=["cpu", "emulated"])
+@pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Whose operators the launchers of the native backend call: the CPU library's, and the CUDA kernels on a CPU.
+    """Whose kernels the launchers of the native backend launch: the CPU library's, or the CUDA library's, run on a CPU or a GPU.
 
-    Tests marked `cpu_kernels` are of the former only.
+    On a GPU tensors are made there unless a test says otherwise. Tests marked `cpu_kernels` are of the first only.
     """
-    if request.param == "cpu":
+    if request.param == "emulated":
+        with request.getfixturevalue("machine").serving():
+            yield "emulated"
+    elif request.param == "cuda":
+        if (reason := native_library.unavailable_cuda()) is not None:
+            pytest.skip(reason)
+        with torch.device("cuda"):
+            yield "cuda"
+    else:
         yield "cpu"
-        return
-    with request.getfixturevalue("machine").serving():
-        yield "emulated"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 import fastconv
 from fastconv import models
-from fastconv.backends import aten, triton
+from fastconv.backends import aten, native, native_cuda, native_library, triton
 from fastconv.backends.triton_launch import chip
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
@@ -43,8 +44,65 @@ def _first_of_each_family(op: str, direction: str, g: ConvGeometry, policy: Poli
             yield plan
 
 
+def _backend(name: str) -> Any:
+    """A parameter, skipped where the native backend has no CUDA library."""
+    reason = native_library.unavailable_cuda() if name == "native" else None
+    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+
+
 def _random(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     return (torch.randn(shape, device="cuda") * scale).to(dtype).contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.skipif(native_library.unavailable_cuda() is not None, reason=str(native_library.unavailable_cuda()))
+@pytest.mark.parametrize("tile", [1, 2], ids=["small", "large"])
+@pytest.mark.parametrize("tf32", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+def test_layers_on_native_kernels(
+    layer: tuple[int, int, int], dtype: torch.dtype, tf32: bool, tile: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every direction against float64, and the same bits in twenty runs."""
+    if tf32 and dtype != torch.float32:
+        pytest.skip("TF32 is of float32")
+    monkeypatch.setattr(native_cuda, "tile", tile)
+    channels, out_channels, side = layer
+    one = (1, 1)
+    g = ConvGeometry.of("conv", (BATCH, channels, side, side), (out_channels, channels, 3, 3), None, one, one, one, 1)
+    pool = PoolGeometry.of("pool", g.output_shape, (2, 2), (2, 2), (0, 0), one, False)
+    policy, wide = Policy(dtype, tf32=tf32), Policy(torch.float64)
+    products = 9 * channels
+    x, weight = _random(g.input_shape, dtype).relu(), _random(g.weight_shape, dtype, products**-0.5)
+    bias, grad = torch.randn(out_channels, device="cuda").to(dtype), _random(g.output_shape, dtype, g.out_pixels**-0.5)
+    residual = _random(g.output_shape, dtype)
+    exact = [t.double() for t in (x, weight, bias, residual, grad)]
+    unpooled = aten.conv2d(*exact[:3], None, g, wide, False)
+    calls = (
+        (
+            products,
+            aten.conv2d(*exact[:4], g, wide, True),
+            lambda: native.conv2d(x, weight, bias, residual, g, policy, True),
+        ),
+        (
+            products,
+            aten.max_pool2d(unpooled, pool, True)[0],
+            lambda: native.conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy)[0],
+        ),
+        (
+            g.out_pixels,
+            aten.conv2d_weight_grad(exact[4], exact[0], g, wide),
+            lambda: native.conv2d_weight_grad(grad, x, g, policy),
+        ),
+        (
+            9 * out_channels,
+            aten.conv2d_input_grad(exact[4], exact[1], g, wide),
+            lambda: native.conv2d_input_grad(grad, weight, g, policy),
+        ),
+    )
+    for reduction, expected, call in calls:
+        results = [call() for _ in range(20)]
+        assert all(torch.equal(results[0], other) for other in results[1:]), "runs differ"
+        assert_close(results[0], expected, dtype, reduction, tf32=tf32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -102,7 +160,7 @@ def _step(backend: str) -> tuple[Callable[[], None], list[Tensor]]:
     return step, [p.grad for p in net.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("backend", [_backend("triton"), _backend("native"), _backend("auto")])
 def test_a_step_in_a_cuda_graph(backend: str) -> None:
     step, grads = _step(backend)
     for grad in grads:
@@ -125,7 +183,7 @@ def test_a_step_in_a_cuda_graph(backend: str) -> None:
         assert all(map(torch.equal, grads, expected))
 
 
-@pytest.mark.parametrize("backend", ["triton", "auto"])
+@pytest.mark.parametrize("backend", [_backend("triton"), _backend("native"), _backend("auto")])
 def test_a_step_waits_for_nothing(backend: str) -> None:
     step, _ = _step(backend)
     torch.cuda.synchronize()
@@ -136,8 +194,9 @@ def test_a_step_waits_for_nothing(backend: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_step_is_bitwise_deterministic() -> None:
-    step, grads = _step("triton")
+@pytest.mark.parametrize("backend", [_backend("triton"), _backend("native")])
+def test_a_step_is_bitwise_deterministic(backend: str) -> None:
+    step, grads = _step(backend)
     results = []
     for _ in range(2):
         for grad in grads:
@@ -147,9 +206,10 @@ def test_a_step_is_bitwise_deterministic() -> None:
     assert all(map(torch.equal, *results))
 
 
-def test_launches_go_to_the_current_stream() -> None:
+@pytest.mark.parametrize("backend", [_backend("triton"), _backend("native")])
+def test_launches_go_to_the_current_stream(backend: str) -> None:
     x, weight = _random((8, 64, 56, 56), torch.bfloat16), _random((64, 64, 3, 3), torch.bfloat16, 1 / 24)
-    with fastconv.use_backend("triton"), torch.no_grad():
+    with fastconv.use_backend(backend), torch.no_grad():
         fastconv.functional.conv2d_relu(x, weight, padding=1)
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
