@@ -88,7 +88,7 @@ def machine() -> Iterator[build.Machine]:
 
 @pytest.fixture(params=["cpu", "emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def compiled(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Whose kernels the launchers of the native backend launch: the CPU library's, or the CUDA library's, run on a CPU or a GPU.
+    """Whose kernels the native backend's launchers launch: the CPU library's, or the CUDA library's, run on a CPU or a GPU.
 
     On a GPU tensors are made there unless a test says otherwise. Tests marked `cpu_kernels` are of the first only.
     """

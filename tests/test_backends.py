@@ -57,6 +57,29 @@ def test_use_backend_restores_after_an_error() -> None:
     assert backends.requested() == "auto"
 
 
+@pytest.mark.parametrize("channels", [8, 64, 512])
+@pytest.mark.parametrize("chip", ["NVIDIA A100-SXM4-80GB sm_80", "NVIDIA H100 80GB HBM3 sm_90"])
+def test_native_stands_in_for_triton_on_a_gpu(chip: str, channels: int) -> None:
+    """Never in front of a Triton kernel that would be taken; of the fused operators' own in front of aten where it pays."""
+    geometry = ConvGeometry.of("conv2d", (64, channels, 28, 28), (channels, channels, 3, 3), None, (1, 1), (1, 1), (1, 1), 1)
+    for direction in ("forward", "input_grad", "weight_grad"):
+        picked = tuning.pick("conv2d_relu", direction, geometry, Policy(torch.bfloat16), chip)
+        names = [candidate.backend for candidate in picked]
+        place = names.index("aten")
+        assert names.count("native") == 1 and names.index("native") in (place - 1, place + 1)
+        assert names[0] in ("triton", "aten")
+    pool = geometry_of_a_pool((8, channels, 28, 28))
+    assert [c.backend for c in tuning.pick("max_pool2d", "forward", pool, Policy(torch.bfloat16), chip)] == [
+        "triton",
+        "native",
+        "aten",
+    ]
+
+
+def geometry_of_a_pool(shape: tuple[int, ...]) -> PoolGeometry:
+    return PoolGeometry.of("max_pool2d", shape, (2, 2), (2, 2), (0, 0), (1, 1), False)
+
+
 def test_pick_orders_backends() -> None:
     p = Policy(torch.bfloat16)
 
@@ -64,10 +87,11 @@ def test_pick_orders_backends() -> None:
         picked = tuning.pick("conv2d_relu", "forward", geometry, p, chip, channels_last)
         return list(dict.fromkeys(candidate.backend for candidate in picked))
 
-    assert names(G, "NVIDIA H100 sm_90", True) == ["triton", "aten"]
+    assert names(G, "NVIDIA H100 sm_90", True) == ["triton", "native", "aten"]
+    assert names(G, "Quadro RTX 8000 sm_75", True) == ["triton", "aten"], "its kernels need sm_80"
     assert names(G, "AMD EPYC 9B14 cpu-2", True) == names(G, "cpu", True) == ["native", "aten"]
     assert names(G, "cpu", False) == ["aten", "native"]
-    assert names(G, "NVIDIA H100 sm_90", False) == ["aten", "triton"]
+    assert names(G, "NVIDIA H100 sm_90", False)[0] == "aten"
     grouped = ConvGeometry.of("conv2d", (1, 4, 8, 8), (4, 1, 3, 3), None, (1, 1), (1, 1), (1, 1), 4)
     assert names(grouped, "NVIDIA H100 sm_90", True)[0] == "triton"
 

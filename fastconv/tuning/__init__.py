@@ -102,13 +102,26 @@ def _modelled(call: Call, allowed: tuple[Candidate, ...]) -> Choice:
         what = "passes of ours read and write channels_last" if not is_cpu(call.chip) else "native reads channels_last"
         return Choice(allowed, f"rule: {what}, operands {'do' if call.channels_last else 'do not'}: {allowed[0]}")
     seconds = {c: cost.seconds(call.op, call.direction, g, call.policy, call.chip, c) for c in allowed}
-    order = tuple(sorted(allowed, key=seconds.__getitem__))
+    order = _native_behind(tuple(sorted(allowed, key=seconds.__getitem__)))
     if not call.channels_last:  # a pass over the input and one over the output more, and nothing gained
         order = (*(c for c in order if c.backend == "aten"), *(c for c in order if c.backend != "aten"))
         return Choice(order, f"rule: kernels of ours read channels_last, operands do not: {order[0]}")
     runner_up = next((c for c in order if c.backend != order[0].backend), None)
     against = "" if runner_up is None else f", {runner_up} {_microseconds(seconds[runner_up])}"
     return Choice(order, f"cost model: {order[0]} {_microseconds(seconds[order[0]])}{against}")
+
+
+def _native_behind(order: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+    """Of a GPU: native kernels, which no table has timed, stand in for Triton's where those cannot serve, and for no others.
+
+    They come behind the Triton candidates that are faster than aten, and before aten where the model has them faster too.
+    """
+    natives = [candidate for candidate in order if candidate.backend == "native"]
+    others = [candidate for candidate in order if candidate.backend != "native"]
+    aten = next(index for index, candidate in enumerate(others) if candidate.backend == "aten")
+    pays = aten > 0 and natives and order.index(natives[0]) < order.index(others[aten])
+    place = aten if pays else aten + 1
+    return (*others[:place], *natives, *others[place:])
 
 
 def _microseconds(seconds: float) -> str:

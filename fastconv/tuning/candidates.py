@@ -33,6 +33,7 @@ class Candidate(NamedTuple):
 
 _CONVOLUTIONS = ("conv2d", "conv2d_relu", "conv2d_relu_max_pool2d")
 ATEN, NATIVE, TRITON = Candidate("aten"), Candidate("native"), Candidate("triton")
+LEAST_CAPABILITY = 80  # of the native backend's CUDA kernels
 
 
 @cache
@@ -69,6 +70,8 @@ def candidates(
     ours: tuple[Candidate, ...] = (TRITON,)
     if isinstance(g, ConvGeometry):
         ours = () if policy.dtype == torch.float64 else triton_candidates(op, direction, g, policy, chip)
+    if policy.dtype != torch.float64 and (capability(chip) or 0) >= LEAST_CAPABILITY:
+        ours = (*ours, NATIVE)
     return (*ours, ATEN) if channels_last else (ATEN, *ours)
 
 

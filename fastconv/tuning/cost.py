@@ -75,6 +75,7 @@ _NAMED: dict[str, dict[str, Any]] = {
 _SHARE_CP_ASYNC = {80: 0.8, 90: 0.55, 120: 0.8}
 _SHARE_DESCRIPTORS = 0.8
 _SHARE_ATEN, _SHARE_ATEN_WEIGHT_GRAD = 0.85, 0.7
+_DIRECT_CHANNELS = 8  # of a group, up to which the native backend's direct kernels serve
 _LARGEST_TILE = (128, 256)  # whose accumulators fill a processor's registers by half
 # Without tensor cores every product needs its operands in registers: half of the instructions are no products.
 _SHARE_SINGLE = 0.5
@@ -137,6 +138,8 @@ def seconds(op: str, direction: str, g: ConvGeometry, policy: Policy, chip: str,
     call = _Call(op, direction, g, policy, speeds, capability(chip) or 0, _flops(policy, speeds))
     if candidate.backend == "aten":
         return _aten(call, fused.is_fused(chip, g, policy))
+    if candidate.backend == "native":
+        return _native(call)
     return _FAMILIES[candidate.kernel](call, dict(candidate.config))
 
 
@@ -274,6 +277,22 @@ def _depthwise(call: _Call, config: Config) -> float:
     if call.op == "conv2d_relu_max_pool2d":
         return total + _relu_pool(call)
     return total + (_mask(call) if _is_masked(call) else 0.0)
+
+
+def _native(call: _Call) -> float:
+    """The CUDA kernels' tiles, 128 × 128 or with 64 output channels, by groups: as Triton's pointer kernels of those sides.
+
+    Groups of few channels go through direct kernels, which CUDA cores and the memory bound.
+    """
+    g = call.g
+    if g.groups > 1 and max(g.group_in_channels, g.group_out_channels) <= _DIRECT_CHANNELS:
+        computing = g.flops() / (call.chip.single * _SHARE_DIRECT)
+        return 2 * _LAUNCH + max(computing, _moved(call) / (call.chip.memory * _SHARE_DIRECT_MEMORY))
+    step = 64 // call.itemsize
+    wide = g.group_in_channels if call.direction == "input_grad" else g.group_out_channels
+    rows, warps = (128, 8) if wide > 64 else (64, 4)
+    sides = {"BLOCK_N": rows, "BLOCK_M": 128, "BLOCK_C": 128, "BLOCK_K": step, "BLOCK_P": step}
+    return _pointer(call, {**sides, "NUM_STAGES": 3, "num_warps": warps})
 
 
 _FAMILIES: dict[str, Callable[[_Call, Config], float]] = {
