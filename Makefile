@@ -8,7 +8,8 @@
 #                                   under benchmarks/results/, with --quick (a minute) under runs/bench/
 #   make sanitize                   the tests of the C++ kernels on a build of them with address and undefined-behaviour
 #                                   sanitizers; a finding fails. Needs g++; the usual build stays as it is
-#   make docs                       docs/kernels.md and docs/traffic.md: machine code and bytes of the Triton kernels, no GPU needed
+#   make docs                       docs/kernels.md, docs/traffic.md, docs/cuda.md: machine code of the kernels and the bytes that they move, no
+#                                   GPU needed
 #   make gpu PART=tests             the tests and a layer timing that need an NVIDIA GPU; results under $(OUT)
 #   make clean                      remove what was built; .venv and runs/ stay
 #
@@ -104,19 +105,20 @@ sanitize: $(stamp)
 	LD_PRELOAD="$${preload# }" PYTHONPATH="$$PWD" \
 	ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
 	"$$python" -m pytest -q -p no:cacheprovider --capture=sys -c "$(CURDIR)/pyproject.toml" --rootdir "$(CURDIR)" \
-	  -m "not slow and not gpu" -k native "$(CURDIR)/tests"
+	  -m "not slow and not gpu" -k "native and not emulated" "$(CURDIR)/tests"
 	@echo "make sanitize: no findings"
 
 docs: $(stamp)
 	$(python) -m fastconv.cli explain --traffic --model vgg16,recipe --markdown docs/traffic.md
 	$(python) -m fastconv.cli inspect --arch sm_80,sm_90,sm_100 --markdown docs/kernels.md
+	$(python) tests/emu/device_code.py docs/cuda.md
 
 gpu: $(stamp)
 	@test "$(PART)" = tests || { echo "make gpu: PART must be tests, got PART=$(PART)" >&2; exit 2; }
 	@$(python) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: torch sees no CUDA device')"
 	@mkdir -p "$(OUT)"
 	@status=0; \
-	$(python) -m pytest -q -m gpu --junitxml="$(OUT)/tests.xml" || status=$$?; \
+	OUT="$(OUT)" $(python) -m pytest -q -m gpu --junitxml="$(OUT)/tests.xml" || status=$$?; \
 	$(python) -m fastconv.bench.layers --device cuda --out "$(OUT)/layers.json" || status=$$?; \
 	exit $$status
 

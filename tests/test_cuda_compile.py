@@ -14,6 +14,9 @@ pytestmark = pytest.mark.skipif(device_code.unavailable() is not None, reason=st
 
 MOST_REGISTERS = 65536  # of a processor
 
+# Registers and instructions are one compiler's: another version spills elsewhere.
+this_compiler = pytest.mark.skipif(device_code.version() != "13.0", reason="machine code is held for nvcc 13.0")
+
 
 @pytest.fixture(scope="module")
 def kernels() -> list[Kernel]:
@@ -40,10 +43,12 @@ def test_every_kernel_is_compiled_for_every_chip(kernels: list[Kernel]) -> None:
         assert {k.name.partition("<")[0] for k in kernels if k.capability == capability} == named
 
 
+@this_compiler
 def test_nothing_is_spilled(kernels: list[Kernel]) -> None:
     assert [(k.name, k.capability, k.spilled_bytes) for k in kernels if k.spilled_bytes] == []
 
 
+@this_compiler
 def test_blocks_fit_a_processor(kernels: list[Kernel]) -> None:
     """Two blocks of 256 threads, three of 128: what latency is hidden by."""
     for k in convolutions(kernels, vector=True, ieee=False):
@@ -78,6 +83,7 @@ def test_passes_load_and_store_vectors(kernels: list[Kernel]) -> None:
         assert sums_only or k.instructions["wide_stores"] > 0, k
 
 
+@this_compiler
 def test_the_table_is_of_these_kernels(kernels: list[Kernel]) -> None:
     text = (Path(device_code.ROOT) / "docs" / "cuda.md").read_text(encoding="utf-8")
     assert device_code.table(kernels) in text, "run `make docs`"

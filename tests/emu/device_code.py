@@ -57,6 +57,16 @@ def nvcc() -> str | None:
     return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+def version() -> str | None:
+    """Of nvcc, '13.0'; None where there is none."""
+    compiler = nvcc()
+    if compiler is None:
+        return None
+    printed = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"release (\S+),", printed)
+    return found[1] if found else None
+
+
 def sources() -> list[Path]:
     return sorted(CUDA.glob("*.cu"))
 
@@ -147,20 +157,56 @@ def _tool(name: str) -> Path:
     return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
 
 
+_DTYPES = {"Bf16": "bfloat16", "F16": "float16", "Tf32": "TF32", "Ieee": "float32"}
+_DTYPES |= {"bf16": "bfloat16", "f16": "float16", "float": "float32"}
+
+
+def _place(name: str) -> tuple[str, str]:
+    """(row, column) of the table: a kernel without its dtype, and the dtype.
+
+    Threads take vectors of 16 bytes, or single elements.
+    """
+    found = re.search(r"\b(Bf16|F16|Tf32|Ieee|bf16|f16|float)\b(, )?", name)
+    if found is None:
+        return name, ""
+    vector = "4" if found[1] == "float" else "8"
+    row = name[: found.start()] + name[found.end() :]
+    row = re.sub(r"\b1(?=[,>])", "single", re.sub(rf"\b{vector}(?=[,>])", "vector", row))
+    row = (
+        row.replace("Shape<", "")
+        .replace(" 2, 4>", " 8 warps")
+        .replace(" 2, 2>", " 4 warps")
+        .replace("unsigned char", "uint8")
+    )
+    row = re.sub(r"true>$", "vector>", re.sub(r"false>$", "single>", row)) if row.startswith(("conv", "weight")) else row
+    return row.replace("<>", ""), _DTYPES[found[1]]
+
+
 def table(found: Sequence[Kernel]) -> str:
-    """Markdown: registers of every kernel on each chip, spilled bytes where there are any."""
-    by_name: dict[str, dict[int, Kernel]] = {}
-    for kernel in found:
-        by_name.setdefault(kernel.name, {})[kernel.capability] = kernel
-    chips = sorted({kernel.capability for kernel in found})
-    lines = ["| kernel | " + " | ".join(f"sm_{chip} registers" for chip in chips) + " | spilled bytes |"]
-    lines.append("|---|" + "---:|" * (len(chips) + 1))
-    for name in sorted(by_name):
-        here = by_name[name]
-        spilled = max(kernel.spilled_bytes for kernel in here.values())
-        lines.append(f"| `{name}` | " + " | ".join(str(here[chip].registers) for chip in chips) + f" | {spilled or ''} |")
+    """Markdown: the registers of every kernel, on each chip in turn, and the bytes that it spills where there are any."""
+    cells: dict[str, dict[str, list[str]]] = {}
+    for kernel in sorted({(k.name, k.capability): k for k in found}.values()):
+        row, column = _place(kernel.name)
+        spilled = f" ({kernel.spilled_bytes} B spilled)" if kernel.spilled_bytes else ""
+        cells.setdefault(row, {}).setdefault(column, []).append(f"{kernel.registers}{spilled}")
+    columns = ("bfloat16", "float16", "TF32", "float32")
+    lines = [f"| kernel | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns)]
+    for row, by_dtype in sorted(cells.items()):
+        lines.append(f"| `{row}` | " + " | ".join(" / ".join(by_dtype.get(column, [])) for column in columns) + " |")
     return "\n".join(lines)
 
 
+def write_table(path: Path, found: Sequence[Kernel]) -> None:
+    """In place of the one in `path`, between its marks."""
+    text = path.read_text(encoding="utf-8")
+    before, after = text.partition(_MARKS[0])[0], text.partition(_MARKS[1])[2]
+    path.write_text(f"{before}{_MARKS[0]}\n{table(found)}\n{_MARKS[1]}{after}", encoding="utf-8")
+
+
+_MARKS = ("<!-- table: make docs -->", "<!-- end of table -->")
+
+
 if __name__ == "__main__":
-    print(table(kernels(compile_all())), file=sys.stdout)
+    if (reason := unavailable()) is not None:
+        sys.exit(f"docs/cuda.md is left as it is: {reason}")
+    write_table(Path(sys.argv[1]), kernels(compile_all()))
