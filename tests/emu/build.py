@@ -80,10 +80,12 @@ def compile_objects(files: Sequence[Path], folder: Path, flags: Sequence[str] = 
         return list(pool.map(compile_one, files))
 
 
-def link(objects: Sequence[Path], target: Path) -> Path:
+def link(objects: Sequence[Path], target: Path, flags: Sequence[str] = ()) -> Path:
     """A library for this process, in which torch's own are loaded."""
     folder = Path(torch.__file__).parent / "lib"
-    run([COMPILER, "-shared", "-o", str(target), *map(str, objects), f"-L{folder}", "-ltorch_cpu"])
+    unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+    run([COMPILER, "-shared", *flags, "-o", str(unfinished), *map(str, objects), f"-L{folder}", "-ltorch_cpu"])
+    unfinished.replace(target)
     return target
 
 
