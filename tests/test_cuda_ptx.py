@@ -57,10 +57,9 @@ def translated(request: pytest.FixtureRequest) -> Iterator[ptx_build.Machine]:
     machine.counts()
     yield machine
     kernels, counts = machine.kernels.values(), machine.counts()
-    ran = sum(threads > 0 for threads in machine.threads().values())
     with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
         print(
-            f"\nPTX of {len(ptx_build.SOURCES)} files: {len(kernels)} kernels translated, {ran} of them run, "
+            f"\nPTX of {len(ptx_build.SOURCES)} files: {len(kernels)} kernels translated, {machine.ran()} of them run, "
             f"{sum(k.instructions.total() for k in kernels)} instructions; {counts['launches']} launches of "
             f"{counts['blocks']} blocks, {counts['multiplications']} mma, {counts['matrix_loads']} ldmatrix, "
             f"{counts['async_copies']} cp.async"

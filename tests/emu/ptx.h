@@ -5,6 +5,7 @@
 #include "soft.h"
 
 #include <cmath>
+#include <type_traits>
 
 namespace ptx {
 
@@ -44,7 +45,10 @@ inline uint64_t as_bits(double value) {
 template <class T>
 T divide(T a, T b, int line) {
   if (b == 0) emu::fail("division by zero", line);
-  return b == static_cast<T>(-1) ? a * b : a / b;  // the least integer over −1 traps on a CPU
+  if constexpr (std::is_signed_v<T>) {
+    if (b == -1) return -a;  // of the least integer, too, which traps on a CPU
+  }
+  return a / b;
 }
 template <class T>
 T remainder(T a, T b, int line) {

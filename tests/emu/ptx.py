@@ -66,7 +66,8 @@ class _Entry:
                 raise Untranslatable(f"register {operand}")
             return f"{_SPECIAL[match[1]]}.{match[2]}"
         if match := re.fullmatch(r"0([fd])([0-9A-F]+)", operand):
-            return f"emu::as_float(0x{match[2]}u)" if match[1] == "f" else f"ptx::as_double(0x{match[2]}ull)"
+            value = f"emu::as_float(0x{match[2]}u)" if match[1] == "f" else f"ptx::as_double(0x{match[2]}ull)"
+            return _convert(value, "f32" if match[1] == "f" else "f64", kind)
         if re.fullmatch(r"-?\d+", operand):
             return f"({C_TYPES[kind]}){operand}{'ll' if operand[0] == '-' else 'ull'}"
         variable, declared = self.register(operand)

@@ -82,6 +82,10 @@ class Machine(build.Machine):
         """How many threads have run each translated kernel."""
         return {name: ctypes.c_uint64.in_dll(self._library, f"threads_of_{name}").value for name in self.kernels}
 
+    def ran(self) -> int:
+        """How many translated kernels have been run."""
+        return sum(threads > 0 for threads in self.threads().values())
+
 
 def link(kernels: Sequence[ptx.Kernel], objects: Sequence[Path], namespace: str) -> Machine:
     """The emulated library with its operators in `namespace`, in which `objects` define `kernels` once more.
