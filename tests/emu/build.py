@@ -26,7 +26,8 @@ COMPILER = os.environ.get("CXX", "g++")
 _INCLUDES = (HERE, ROOT / "csrc", CUDA, Path(torch.__file__).parent / "include")
 # Products are fused into sums where the source says so: by fmaf.
 _FLAGS = ("-std=c++20", "-O1", "-g0", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas")
-_DEFINED = ("-DFASTCONV_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+_DEFINED = ("-DFASTCONV_EMULATED", TARGET_VERSION)
 COUNTS = (
     "launches",
     "blocks",

@@ -16,9 +16,9 @@ import torch
 from emu import build, ptx
 
 TRANSLATED = build.BUILD / "ptx"
-_NVCC = os.environ.get("NVCC", "nvcc")
+_NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 # As setup.py builds, for the least architecture it builds for.
-_FLAGS = ("-std=c++20", "-O3", "-arch=compute_80", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-ptx")
+_FLAGS = ("-std=c++20", "-O3", "-arch=compute_80", "-DUSE_CUDA", build.TARGET_VERSION, "-ptx")
 # A translation is long and runs for a moment: what costs time is compiling it.
 _CPP_FLAGS = ("-O0", "-w", "-fno-strict-aliasing", "-fwrapv")
 
@@ -41,32 +41,39 @@ def unavailable() -> str | None:
     """Why nothing can be translated here; None where it can."""
     if (reason := build.unavailable()) is not None:
         return reason
-    return None if shutil.which(_NVCC) else f"no CUDA compiler ({_NVCC})"
+    return None if _NVCC else "no CUDA compiler (nvcc)"
 
 
 @functools.cache
-def _version() -> str:
-    return build.run([_NVCC, "--version"])
+def _nvcc() -> tuple[str, str]:
+    """The compiler, and which it is."""
+    assert _NVCC is not None
+    return _NVCC, build.run([_NVCC, "--version"])
 
 
 def assemble(file: Path, folder: Path, includes: Sequence[Path] = (build.CUDA,)) -> str:
     """nvcc's PTX of a file, kept in `folder`; headers beside the sources are those of the first of `includes`."""
+    nvcc, version = _nvcc()
     folder.mkdir(parents=True, exist_ok=True)
     paths = (*includes, build.ROOT / "csrc", Path(torch.__file__).parent / "include")
-    digest = hashlib.sha256(repr((_FLAGS, _version(), torch.__version__)).encode())
+    digest = hashlib.sha256(repr((_FLAGS, version, torch.__version__)).encode())
     for source in (file, *sorted(p for path in paths[:-1] for p in path.glob("*.h"))):
         digest.update(source.read_bytes())
     target = folder / f"{file.stem}.{digest.hexdigest()[:16]}.ptx"
     if not target.exists():
         unfinished = target.with_suffix(f".{os.getpid()}.tmp")
-        build.run([_NVCC, *_FLAGS, *(f"-I{path}" for path in paths), str(file), "-o", str(unfinished)])
+        build.run([nvcc, *_FLAGS, *(f"-I{path}" for path in paths), str(file), "-o", str(unfinished)])
         unfinished.replace(target)
     return target.read_text()
 
 
 def compile_kernels(kernels: Sequence[ptx.Kernel], stem: str, folder: Path) -> Path:
-    file = folder / f"{stem}.cpp"
-    file.write_text(ptx.source(kernels))
+    text = ptx.source(kernels)
+    file = folder / f"{stem}.{hashlib.sha256(text.encode()).hexdigest()[:16]}.cpp"
+    if not file.exists():
+        unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_text(text)
+        unfinished.replace(file)
     (compiled,) = build.compile_objects([file], folder, _CPP_FLAGS)
     return compiled
 
