@@ -1,1 +1,1 @@
-"""The CUDA kernels of csrc/cuda, compiled by the C++ compiler and run on a CPU."""
+"""The CUDA kernels of csrc/cuda, run on a CPU: as the C++ compiler compiles them, and as nvcc's PTX, translated."""

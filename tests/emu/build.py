@@ -20,13 +20,15 @@ from fastconv.backends import native_library
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 CSRC = ROOT / "csrc"
+CUDA = CSRC / "cuda"
 NAMESPACE = "fastconv_emulated"
 BUILD = ROOT / "build" / "emu"
 COMPILER = os.environ.get("CXX", "g++")
 
 # Products are fused into sums where the source says so: by fmaf.
 _FLAGS = ("-std=c++20", "-O1", "-g0", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas")
-_DEFINED = ("-DFASTCONV_EMULATED", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
+_DEFINED = ("-DFASTCONV_EMULATED", TARGET_VERSION)
 COUNTS = (
     "launches",
     "blocks",
@@ -47,24 +49,19 @@ def unavailable() -> str | None:
     return native_library.unavailable()
 
 
-def sources(csrc: Path = CSRC) -> list[Path]:
-    """Of the emulated library: all of csrc/cuda but what registers it as CUDA operators, and the machine."""
-    return [*sorted((csrc / "cuda").glob("*.cu")), HERE / "machine.cpp", HERE / "library.cpp"]
-
-
-def compile_objects(files: Sequence[Path], flags: Sequence[str] = (), csrc: Path = CSRC) -> list[Path]:
-    """Objects of C++ files, each compiled unless it is there already, from the same text, headers and flags."""
-    BUILD.mkdir(parents=True, exist_ok=True)
+def compile_objects(files: Sequence[Path], flags: Sequence[str] = (), csrc: Path = CSRC, folder: Path = BUILD) -> list[Path]:
+    """Objects of C++ files in `folder`, each compiled unless it is there already, from the same text, headers and flags."""
+    folder.mkdir(parents=True, exist_ok=True)
     folders = (HERE, csrc, csrc / "cuda")
-    includes = [f"-I{folder}" for folder in (*folders, Path(torch.__file__).parent / "include")]
+    includes = [f"-I{path}" for path in (*folders, Path(torch.__file__).parent / "include")]
     shared = hashlib.sha256(repr((_FLAGS, flags, torch.__version__, COMPILER)).encode())
-    for header in sorted(path for folder in folders for path in folder.glob("*.h")):
+    for header in sorted(header for path in folders for header in path.glob("*.h")):
         shared.update(header.read_bytes())
 
     def compile_one(file: Path) -> Path:
         digest = shared.copy()
         digest.update(file.read_bytes())
-        target = BUILD / f"{file.stem}.{digest.hexdigest()[:16]}.o"
+        target = folder / f"{file.stem}.{digest.hexdigest()[:16]}.o"
         if not target.exists():
             unfinished = target.with_suffix(f".{os.getpid()}.tmp")
             run([COMPILER, *_FLAGS, *_DEFINED, *flags, *includes, "-x", "c++", "-c", str(file), "-o", str(unfinished)])
@@ -75,10 +72,12 @@ def compile_objects(files: Sequence[Path], flags: Sequence[str] = (), csrc: Path
         return list(pool.map(compile_one, files))
 
 
-def link(objects: Sequence[Path], target: Path) -> Path:
+def link(objects: Sequence[Path], target: Path, flags: Sequence[str] = ()) -> Path:
     """A library for this process, in which torch's own are loaded."""
     folder = Path(torch.__file__).parent / "lib"
-    run([COMPILER, "-shared", "-o", str(target), *map(str, objects), f"-L{folder}", "-ltorch_cpu"])
+    unfinished = target.with_suffix(f".{os.getpid()}.tmp")
+    run([COMPILER, "-shared", *flags, "-o", str(unfinished), *map(str, objects), f"-L{folder}", "-ltorch_cpu"])
+    unfinished.replace(target)
     return target
 
 
@@ -124,9 +123,19 @@ class Machine:
             tuning.forget()
 
 
-def machine(csrc: Path = CSRC, namespace: str = NAMESPACE) -> Machine:
-    """The library of the sources in `csrc`."""
-    objects = compile_objects(sources(csrc), [f"-DFASTCONV_NAMESPACE={namespace}"], csrc)
+def library_objects(namespace: str, csrc: Path = CSRC) -> list[Path]:
+    """Of all of csrc/cuda but what registers it as CUDA operators, of the machine, and of operators in `namespace`."""
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), HERE / "machine.cpp"]
+    operators = compile_objects([HERE / "library.cpp"], [f"-DFASTCONV_NAMESPACE={namespace}", "-O0"], csrc)
+    return [*compile_objects(sources, csrc=csrc), *operators]
+
+
+def link_library(namespace: str, objects: Sequence[Path], flags: Sequence[str] = ()) -> Path:
     names = hashlib.sha256("".join(map(str, objects)).encode()).hexdigest()[:16]
     target = BUILD / f"{namespace}.{names}.so"
-    return Machine(target if target.exists() else link(objects, target), namespace)
+    return target if target.exists() else link(objects, target, flags)
+
+
+def machine(csrc: Path = CSRC, namespace: str = NAMESPACE) -> Machine:
+    """The library of the sources in `csrc`."""
+    return Machine(link_library(namespace, library_objects(namespace, csrc)), namespace)

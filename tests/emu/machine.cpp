@@ -131,13 +131,6 @@ Machine machine;
 
 void yield() { switch_context(machine.current->context, machine.host); }
 
-[[noreturn]] void fail(const std::string& what, int line) {
-  const dim3 b = machine.block_index, t = machine.current->index;
-  machine.error = "line " + std::to_string(line) + ", block " + std::to_string(b.x) + ", thread " + std::to_string(t.x) + ": " + what;
-  yield();
-  abort();
-}
-
 void entry() {
   (*machine.body)();
   if (!machine.current->copies.empty()) fail("a thread ends with copies under way", machine.current->line);
@@ -305,6 +298,13 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
       }
     }
   }
+}
+
+void fail(const std::string& what, int line) {
+  const dim3 b = machine.block_index, t = machine.current->index;
+  machine.error = "line " + std::to_string(line) + ", block " + std::to_string(b.x) + ", thread " + std::to_string(t.x) + ": " + what;
+  yield();
+  abort();
 }
 
 const dim3& thread_index() { return machine.current->index; }

@@ -48,6 +48,7 @@ const dim3& block_index();
 const dim3& block_size();
 const dim3& grid_size();
 
+[[noreturn]] void fail(const std::string& what, int line);  // ends the launch with an error
 void block_barrier(int line);
 // Runs `operation` for the whole warp when its last lane has come; `arguments` is what the lanes brought.
 void together(WarpOp kind, void* argument, void (*operation)(void** arguments, int line), int line);
