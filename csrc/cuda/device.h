@@ -114,7 +114,7 @@ FASTCONV_DEVICE void store_shared(uint32_t address, V value FASTCONV_CALLER) {
   FASTCONV_BODY(*static_cast<V*>(__cvta_shared_to_generic(address)) = value, emu::store_shared(address, value, line));
 }
 
-// ---- global memory; `load` is for what no thread of the launch writes
+// ---- global memory; `load` is for what no thread of the launch writes, `load_own` for what only this one does
 
 #ifndef FASTCONV_EMULATED
 // What as many bytes are loaded as.
@@ -148,10 +148,9 @@ FASTCONV_DEVICE V load(const void* address FASTCONV_CALLER) {
                 return reinterpret_cast<const V&>(bits), return emu::load_global<V>(address, line));
 }
 
-// Of what this thread goes on to write.
 template <class V>
 FASTCONV_DEVICE V load_own(const void* address FASTCONV_CALLER) {
-  FASTCONV_BODY(return *static_cast<const V*>(address), return emu::load_global<V>(address, line));
+  FASTCONV_BODY(return *static_cast<const V*>(address), return emu::load_own<V>(address, line));
 }
 
 template <class V>

@@ -29,6 +29,14 @@ FASTCONV_DEVICE void load_values(float (&values)[V], const T* from) {
   for (int i = 0; i < V; ++i) values[i] = widen(vector.at[i]);
 }
 
+// Of what may be written in place.
+template <class T, int V>
+FASTCONV_DEVICE void load_own_values(float (&values)[V], const T* from) {
+  const auto vector = load_own<Vector<T, V>>(from);
+  FASTCONV_UNROLL
+  for (int i = 0; i < V; ++i) values[i] = widen(vector.at[i]);
+}
+
 template <class T, int V>
 FASTCONV_DEVICE void store_values(T* to, const float (&values)[V]) {
   Vector<T, V> vector;

@@ -8,7 +8,7 @@ template <class T>
 struct MaskParams {
   const T* grad;
   const T* output;  // null: the gradient passes as it is
-  T* masked;        // null: only sums are wanted
+  T* masked;        // null: only sums are wanted; it may be the gradient itself
   float* rows;      // null: no sums are wanted
   Runs runs;
 };
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kPassThreads, 2) mask_kernel(const MaskParams<
   over_pixels<1, V>(p.runs, p.rows, [&](int pixel, float (&sums)[1][V]) {
     const int64_t offset = static_cast<int64_t>(pixel) * p.runs.channels + channel;
     float grad[V];
-    load_values<T, V>(grad, p.grad + offset);
+    load_own_values<T, V>(grad, p.grad + offset);
     if (p.output != nullptr) {
       float output[V];
       load_values<T, V>(output, p.output + offset);
@@ -41,7 +41,7 @@ void mask(const Tensor& grad, const Tensor* output, const Tensor* masked, const 
   by_dtype(grad.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::T;
     MaskParams<T> p{};
-    p.grad = masked == &grad ? call.write<T>(grad) : call.read<T>(grad);
+    p.grad = call.read<T>(grad);
     p.output = output ? call.read<T>(*output) : nullptr;
     p.masked = masked ? call.write<T>(*masked) : nullptr;
     by_vector<T>(map.channels, {p.grad, p.output, p.masked}, [&](auto vector) {

@@ -103,10 +103,13 @@ struct Shadow {
   bool is_pending = false;  // a copy is on its way
 };
 
+// Of global memory. Each byte of one that may be written knows the launch and thread that wrote it, and the launch that read it.
 struct Range {
   const uint8_t* first;
   const uint8_t* last;
   bool is_writable;
+  std::vector<uint64_t> writer;
+  std::vector<uint32_t> read;
 };
 
 struct Machine {
@@ -116,7 +119,7 @@ struct Machine {
   std::vector<Thread> threads;
   std::vector<Gathering> warps;
   Thread* current = nullptr;
-  uint32_t epoch = 0;
+  uint32_t epoch = 0, launch = 0;
   std::vector<uint8_t> shared;
   uint32_t shared_bytes = 0;
   std::vector<Shadow> shadow;
@@ -266,7 +269,8 @@ bool fault(int number) { return machine.fault == number; }
 
 void allow(const void* first, size_t bytes, bool is_writable) {
   const auto* const begin = static_cast<const uint8_t*>(first);
-  machine.ranges.push_back({begin, begin + bytes, is_writable});
+  const size_t tracked = is_writable ? bytes : 0;
+  machine.ranges.push_back({begin, begin + bytes, is_writable, std::vector<uint64_t>(tracked), std::vector<uint32_t>(tracked)});
 }
 void forbid_all() { machine.ranges.clear(); }
 
@@ -278,6 +282,7 @@ void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void
     throw std::runtime_error("a grid of no blocks, or of more than a launch can have");
   }
   ++machine.counts.launches;
+  machine.launch = (machine.launch + 1) & 0xffffff;
   machine.grid = grid;
   machine.block = block;
   machine.body = &body;
@@ -348,20 +353,38 @@ void touch_shared(uint32_t address, uint32_t bytes, Access access, int line) {
 }
 void touch_shared_as_warp(uint32_t address, uint32_t bytes, int line) { touch(address, bytes, Access::kRead, kSeveral, line); }
 
-void touch_global(const void* address, uint32_t bytes, bool is_write, int line) {
+void touch_global(const void* address, uint32_t bytes, GlobalAccess access, int line) {
   ++machine.counts.global_accesses;
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) {
     fail("misaligned access of " + std::to_string(bytes) + " bytes to global memory", line);
   }
   const auto* const first = static_cast<const uint8_t*>(address);
-  for (const Range& range : machine.ranges) {
-    if (first >= range.first && first + bytes <= range.last && (range.is_writable || !is_write)) return;
+  const uint64_t threads = machine.threads.size(), block = machine.block_index.x;
+  const uint64_t own = static_cast<uint64_t>(machine.launch) << 40 | (block * threads + machine.current->number + 1);
+  bool is_allowed = false;
+  for (Range& range : machine.ranges) {
+    if (first < range.first || first + bytes > range.last) continue;
+    is_allowed = is_allowed || range.is_writable || access != GlobalAccess::kWrite;
+    if (!range.is_writable) continue;
+    const size_t offset = first - range.first;
+    for (size_t i = offset; i < offset + bytes; ++i) {
+      const bool is_others = range.writer[i] >> 40 == machine.launch && range.writer[i] != own;
+      const bool is_mine = range.writer[i] == own;
+      if (access == GlobalAccess::kWrite) {
+        if (is_others) fail("write of what another thread of the launch has written", line);
+        if (range.read[i] == machine.launch) fail("write of what the launch reads as constant", line);
+        range.writer[i] = own;
+      } else {
+        if (is_others || (is_mine && access == GlobalAccess::kRead)) fail("read of what the launch writes", line);
+        if (access == GlobalAccess::kRead) range.read[i] = machine.launch;
+      }
+    }
   }
-  fail(std::string(is_write ? "write" : "read") + " outside of the tensors", line);
+  if (!is_allowed) fail(std::string(access == GlobalAccess::kWrite ? "write" : "read") + " outside of the tensors", line);
 }
 
 void copy_async(uint32_t shared, const void* global, uint32_t bytes, int line) {
-  if (bytes > 0) touch_global(global, bytes, false, line);
+  if (bytes > 0) touch_global(global, bytes, GlobalAccess::kRead, line);
   touch_shared(shared, 16, Access::kCopy, line);
   memset(machine.shared.data() + shared, 0xff, 16);
   machine.current->copies.push_back({shared, static_cast<const uint8_t*>(global), bytes, machine.current->group});

@@ -30,6 +30,7 @@ struct Counts {
 };
 
 enum class Access { kRead, kWrite, kCopy, kArrive };
+enum class GlobalAccess { kRead, kReadOwn, kWrite };  // kReadOwn: of what this thread may write in the same launch
 enum class WarpOp { kShuffle, kLoadMatrices, kMultiply };
 
 // ---- called by the host
@@ -57,7 +58,7 @@ int warp();
 uint8_t* shared_bytes();
 void touch_shared(uint32_t address, uint32_t bytes, Access access, int line);
 void touch_shared_as_warp(uint32_t address, uint32_t bytes, int line);
-void touch_global(const void* address, uint32_t bytes, bool is_write, int line);
+void touch_global(const void* address, uint32_t bytes, GlobalAccess access, int line);
 void copy_async(uint32_t shared, const void* global, uint32_t bytes, int line);  // 16 bytes, zeros behind `bytes`
 void copy_async_commit();
 void copy_async_wait(int groups);
@@ -79,7 +80,15 @@ void store_shared(uint32_t address, const V& value, int line) {
 
 template <class V>
 V load_global(const void* address, int line) {
-  touch_global(address, sizeof(V), false, line);
+  touch_global(address, sizeof(V), GlobalAccess::kRead, line);
+  V value;
+  memcpy(&value, address, sizeof value);
+  return value;
+}
+
+template <class V>
+V load_own(const void* address, int line) {
+  touch_global(address, sizeof(V), GlobalAccess::kReadOwn, line);
   V value;
   memcpy(&value, address, sizeof value);
   return value;
@@ -87,7 +96,7 @@ V load_global(const void* address, int line) {
 
 template <class V>
 void store_global(void* address, const V& value, int line) {
-  touch_global(address, sizeof(V), true, line);
+  touch_global(address, sizeof(V), GlobalAccess::kWrite, line);
   memcpy(address, &value, sizeof value);
 }
 

@@ -134,10 +134,11 @@ class _Entry:
         if len(registers) != count:
             raise Untranslatable(f"{name} of {len(registers)} registers")
         vector = f"ptx::Vector<{C_TYPES[kind]}, {count}>"
+        load_global = "load_global" if ".nc" in name else "load_own"
         load = {
             "param": f"ptx::parameter<{vector}>(parameters, {address}, {line})",
             "shared": f"emu::load_shared<{vector}>({address}, {line})",
-            "global": f"emu::load_global<{vector}>(reinterpret_cast<const void*>({address}), {line})",
+            "global": f"emu::{load_global}<{vector}>(reinterpret_cast<const void*>({address}), {line})",
         }[space]
         return f"{{ const auto vector = {load}; {self._spread(registers, kind, 'vector.at')} }}"
 
