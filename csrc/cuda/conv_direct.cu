@@ -76,19 +76,19 @@ struct DirectSums {
   int top, left, channel;  // where the first pixel's window lies; of the block
   float at[kRun][V];
 
-  FASTCONV_DEVICE void load_x(float (&values)[V], int row, int column, int pass) const {
-    const int64_t pixel = static_cast<int64_t>(row) * p.width + column;
-    const bool is_there = is_inside(row, p.height) && is_inside(column, p.width);
-    load_channels<T, V>(values, x + pixel * (p.channels * p.groups) + pass, is_there);
-  }
+  FASTCONV_DEVICE int64_t pixel_pitch() const { return p.channels * p.groups; }
+  FASTCONV_DEVICE int64_t row_pitch() const { return p.width * pixel_pitch(); }
 
   // Any window.
   FASTCONV_DEVICE void add_tap(int tap_row, int tap_column, int pass) {
+    const int row = top + tap_row * vertical.step, column = left + tap_column * horizontal.step;
+    const T* const from = x + row * row_pitch() + column * pixel_pitch() + pass;
     float values[kRun][V];
     FASTCONV_UNROLL
     for (int r = 0; r < kRun; ++r) {
-      const int row = top + PixelRuns<kPool>::row(0, r) * vertical.stride + tap_row * vertical.step;
-      load_x(values[r], row, left + PixelRuns<kPool>::column(0, r) * horizontal.stride + tap_column * horizontal.step, pass);
+      const int down = PixelRuns<kPool>::row(0, r) * vertical.stride, across = PixelRuns<kPool>::column(0, r) * horizontal.stride;
+      const bool is_there = is_inside(row + down, p.height) && is_inside(column + across, p.width);
+      load_channels<T, V>(values[r], from + down * row_pitch() + across * pixel_pitch(), is_there);
     }
     const int line = (tap_row * horizontal.taps + tap_column) * p.channels + pass;
     FASTCONV_UNROLL
@@ -112,10 +112,12 @@ struct DirectSums {
       const int line = (tap * horizontal.taps + tap_column) * p.channels + pass;
       load_shared_floats(weight[tap], lines.address(line, channel));
     }
+    const int column = left + tap_column * horizontal.step, height = is_inside(column, p.width) ? p.height : 0;
+    const T* const from = x + top * row_pitch() + column * pixel_pitch() + pass;
     FASTCONV_UNROLL
     for (int j = 0; j < kRun + kHeight - 1; ++j) {
       float values[V];
-      load_x(values, top + j, left + tap_column * horizontal.step, pass);
+      load_channels<T, V>(values, from + j * row_pitch(), is_inside(top + j, height));
       FASTCONV_UNROLL
       for (int r = 0; r < kRun; ++r) {
         if (j < r || j >= r + kHeight) continue;
@@ -129,14 +131,17 @@ struct DirectSums {
 // y = relu(sums + bias + residual), rounded once; `offset` is of y and of the residual.
 template <class T, int V>
 FASTCONV_DEVICE void finish_pixel(float (&sums)[V], const float (&bias)[V], const ConvParams& p, int64_t offset) {
-  float residual[V];
-  const bool has_residual = p.residual != nullptr;
-  load_channels<T, V>(residual, static_cast<const T*>(p.residual) + (has_residual ? offset : 0), has_residual);
   FASTCONV_UNROLL
-  for (int i = 0; i < V; ++i) {
-    sums[i] += bias[i];
-    if (has_residual) sums[i] += residual[i];
-    if (p.relu) sums[i] = relu(sums[i]);
+  for (int i = 0; i < V; ++i) sums[i] += bias[i];
+  if (p.residual != nullptr) {
+    float residual[V];
+    load_channels<T, V>(residual, static_cast<const T*>(p.residual) + offset, true);
+    FASTCONV_UNROLL
+    for (int i = 0; i < V; ++i) sums[i] += residual[i];
+  }
+  if (p.relu) {
+    FASTCONV_UNROLL
+    for (int i = 0; i < V; ++i) sums[i] = relu(sums[i]);
   }
   store_channels<T, V>(static_cast<T*>(p.y) + offset, sums);
 }
@@ -194,6 +199,7 @@ __global__ void __launch_bounds__(kDirectThreads, 2) direct_kernel(const DirectP
   const int x_channel = V == 1 ? channel / p.out_channels * p.channels : channel;
   const int passes = V == 1 ? p.channels : 1;
   const int64_t image_size = static_cast<int64_t>(p.height) * p.width * p.channels * p.groups;
+  const int64_t below = static_cast<int64_t>(step_h) * p.out_width * all;  // from a pixel of a run to the next one
   for (int unit = first_unit + line; unit < last_unit; unit += d.lanes.lines) {
     const Position at = Position::of(unit, runs.rows, runs.columns);
     const int row = runs.row(at.row, 0), column = runs.column(at.column, 0);
@@ -216,11 +222,10 @@ __global__ void __launch_bounds__(kDirectThreads, 2) direct_kernel(const DirectP
     if constexpr (kPool) {
       finish_window<T, V>(sums.at, bias, p, static_cast<int64_t>(unit) * all + channel);
     } else {
+      const int64_t pixel = pixel_of(at.n, phase_h + row * step_h, phase_w + column * step_w, p.out_height, p.out_width);
       FASTCONV_UNROLL
       for (int r = 0; r < kRun; ++r) {
-        if (row + r >= runs.height) continue;
-        const int64_t pixel = pixel_of(at.n, phase_h + (row + r) * step_h, phase_w + column * step_w, p.out_height, p.out_width);
-        finish_pixel<T, V>(sums.at[r], bias, p, pixel * all + channel);
+        if (row + r < runs.height) finish_pixel<T, V>(sums.at[r], bias, p, pixel * all + channel + r * below);
       }
     }
   }

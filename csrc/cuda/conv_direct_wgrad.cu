@@ -68,24 +68,26 @@ __global__ void __launch_bounds__(kDirectThreads, 2) direct_weight_grad_kernel(c
   if (channel < out_pitch && part < d.parts && pixel_line < pixel_lines) {
     const int pass = part % passes;
     const int tap_row = part / passes / part_columns * kRows, tap_column = part / passes % part_columns * kColumns;
+    const int first_row = tap_row * p.dilation_h - p.pad_h, first_column = tap_column * p.dilation_w - p.pad_w;
     const int x_channel = V == 1 ? channel / p.out_channels * p.channels + pass : channel;
     const T* const grads = static_cast<const T*>(p.grad) + channel;
     const T* const map = static_cast<const T*>(p.x) + x_channel;
+    const int64_t row_pitch = static_cast<int64_t>(p.width) * pitch;
     const int pixels = p.batch * p.out_height * p.out_width, first = run * d.run_pixels;
     const int last = first + d.run_pixels < pixels ? first + d.run_pixels : pixels;
     Walk at(first + pixel_line, pixel_lines, p.out_height, p.out_width);
     for (int pixel = first + pixel_line; pixel < last; pixel += pixel_lines) {
       float grad[V];
       load_channels<T, V>(grad, grads + static_cast<int64_t>(pixel) * out_pitch, true);
-      const T* const image = map + static_cast<int64_t>(at.n) * p.height * p.width * pitch;
-      const int top = at.row * p.stride_h - p.pad_h, left = at.column * p.stride_w - p.pad_w;
+      const int top = at.row * p.stride_h + first_row, left = at.column * p.stride_w + first_column;
+      const T* const from = map + (static_cast<int64_t>(at.n) * p.height + top) * row_pitch + left * static_cast<int64_t>(pitch);
       FASTCONV_UNROLL
       for (int tap = 0; tap < kRows * kColumns; ++tap) {
-        const int row = top + (tap_row + tap / kColumns) * p.dilation_h;
-        const int column = left + (tap_column + tap % kColumns) * p.dilation_w;
+        const int down = tap / kColumns * p.dilation_h, across = tap % kColumns * p.dilation_w;
         float x[V];  // where it is padding the gradient is still read: 0 times its NaN is NaN
         load_channels<T, V>(
-            x, image + (static_cast<int64_t>(row) * p.width + column) * pitch, is_inside(row, p.height) && is_inside(column, p.width));
+            x, from + down * row_pitch + across * static_cast<int64_t>(pitch),
+            is_inside(top + down, p.height) && is_inside(left + across, p.width));
         FASTCONV_UNROLL
         for (int c = 0; c < G; ++c) {
           FASTCONV_UNROLL
