@@ -56,6 +56,15 @@ OTHERS = {
 }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _oracle_in_one_thread() -> Iterator[None]:
+    """Maps of this size are not worth more, and threads that wait for each other make hundreds of calls slow."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True, params=[0, 7], ids=["in order", "shuffled"])
 def _served(machine: Machine, request: pytest.FixtureRequest) -> Iterator[None]:
     machine.set_schedule(request.param)

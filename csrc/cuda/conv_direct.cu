@@ -113,11 +113,13 @@ struct DirectSums {
       load_shared_floats(weight[tap], lines.address(line, channel));
     }
     const int column = left + tap_column * horizontal.step, height = is_inside(column, p.width) ? p.height : 0;
-    const T* const from = x + top * row_pitch() + column * pixel_pitch() + pass;
+    const T* from = x + top * row_pitch() + column * pixel_pitch() + pass;
+    const int64_t row_step = row_pitch();
     FASTCONV_UNROLL
     for (int j = 0; j < kRun + kHeight - 1; ++j) {
       float values[V];
-      load_channels<T, V>(values, from + j * row_pitch(), is_inside(top + j, height));
+      load_channels<T, V>(values, from, is_inside(top + j, height));
+      from += row_step;
       FASTCONV_UNROLL
       for (int r = 0; r < kRun; ++r) {
         if (j < r || j >= r + kHeight) continue;

@@ -73,6 +73,8 @@ __global__ void __launch_bounds__(kDirectThreads, 2) direct_weight_grad_kernel(c
     const T* const grads = static_cast<const T*>(p.grad) + channel;
     const T* const map = static_cast<const T*>(p.x) + x_channel;
     const int64_t row_pitch = static_cast<int64_t>(p.width) * pitch;
+    const int64_t next_column = static_cast<int64_t>(p.dilation_w) * pitch;
+    const int64_t next_row = p.dilation_h * row_pitch - (kColumns - 1) * next_column;
     const int pixels = p.batch * p.out_height * p.out_width, first = run * d.run_pixels;
     const int last = first + d.run_pixels < pixels ? first + d.run_pixels : pixels;
     Walk at(first + pixel_line, pixel_lines, p.out_height, p.out_width);
@@ -80,14 +82,13 @@ __global__ void __launch_bounds__(kDirectThreads, 2) direct_weight_grad_kernel(c
       float grad[V];
       load_channels<T, V>(grad, grads + static_cast<int64_t>(pixel) * out_pitch, true);
       const int top = at.row * p.stride_h + first_row, left = at.column * p.stride_w + first_column;
-      const T* const from = map + (static_cast<int64_t>(at.n) * p.height + top) * row_pitch + left * static_cast<int64_t>(pitch);
+      const T* from = map + (static_cast<int64_t>(at.n) * p.height + top) * row_pitch + left * static_cast<int64_t>(pitch);
       FASTCONV_UNROLL
       for (int tap = 0; tap < kRows * kColumns; ++tap) {
-        const int down = tap / kColumns * p.dilation_h, across = tap % kColumns * p.dilation_w;
+        const int row = top + tap / kColumns * p.dilation_h, column = left + tap % kColumns * p.dilation_w;
         float x[V];  // where it is padding the gradient is still read: 0 times its NaN is NaN
-        load_channels<T, V>(
-            x, from + down * row_pitch + across * static_cast<int64_t>(pitch),
-            is_inside(top + down, p.height) && is_inside(left + across, p.width));
+        load_channels<T, V>(x, from, is_inside(row, p.height) && is_inside(column, p.width));
+        from += tap % kColumns == kColumns - 1 ? next_row : next_column;
         FASTCONV_UNROLL
         for (int c = 0; c < G; ++c) {
           FASTCONV_UNROLL
