@@ -261,8 +261,25 @@ def test_tiles_on_demand(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> N
     assert machine.counts()["multiplications"]
 
 
-def test_large_maps(machine: Machine) -> None:
-    """Of which blocks take several runs of pixels each, and sums of weights' gradients come from many rows."""
+def test_many_pixels() -> None:
+    """Of which a line of a block takes several runs."""
+    g = ConvGeometry.of("test", (1, 64, 257, 1024), (64, 1, 1, 1), None, (1, 1), NONE, (1, 1), 64)
+    o = Operands(g, torch.bfloat16, integers)
+    assert torch.equal(
+        native.conv2d(o.x, o.weight, None, None, g, Policy(torch.bfloat16), False), o.x * o.weight.view(64, 1, 1)
+    )
+
+
+def test_the_largest_window() -> None:
+    """Of whose weights shared memory holds one vector of channels."""
+    g = ConvGeometry.of("test", (1, 16, 44, 45), (16, 1, 44, 44), None, (1, 1), NONE, (1, 1), 16)
+    o, policy = Operands(g, torch.bfloat16), Policy(torch.bfloat16)
+    actual = native.conv2d(o.x, o.weight, o.bias, None, g, policy, False)
+    assert_close(actual, aten.conv2d(*wide(o.x, o.weight, o.bias, None), g, WIDE, False), torch.bfloat16, g.taps)
+
+
+def test_many_runs() -> None:
+    """Sums of weights' gradients come from many rows."""
     g = ConvGeometry.of("test", (2, 8, 183, 150), (8, 1, 3, 3), None, (1, 1), (1, 1), (1, 1), 8)
     o, policy = Operands(g, torch.bfloat16, integers), Policy(torch.float32)
     x, weight, grad = o.x.float(), o.weight.float(), o.grad.float()

@@ -1,7 +1,7 @@
-// Forward and input gradient of convolutions whose groups have few channels: passes over maps, with weights in shared memory.
+// Forward and input gradient of convolutions whose groups have few channels: passes over maps, weights in shared memory.
 //
-// A thread takes a vector of channels of four pixels, one below the other (with a pool, a window's), so that a weight that it
-// reads serves four times. Windows that step by single rows slide: of four pixels' 3×3 windows 18 vectors are read, not 36.
+// A thread takes a vector of channels of four pixels, one below the other (with a pool, a window's), so that it reads a weight
+// once for four. Windows that step by single rows slide: of four pixels' 3×3 windows 18 vectors are read, not 36.
 #include "conv_direct.h"
 #include "windows.h"
 
@@ -20,8 +20,8 @@ struct DirectParams {
 FASTCONV_DEVICE Axis downward(const Axis& axis) {
   if (axis.step >= 0) return axis;
   const int last = axis.taps - 1;
-  return {axis.size, axis.start + last * axis.step, axis.stride, -axis.step, axis.taps, axis.first_tap + last * axis.tap_step,
-          -axis.tap_step};
+  return {axis.size, axis.start + last * axis.step, axis.stride,    -axis.step,
+          axis.taps, axis.first_tap + last * axis.tap_step, -axis.tap_step};
 }
 
 // Runs of pixels of a phase: of the input gradient those of every stride-th row and column, else all.
@@ -30,11 +30,16 @@ struct PixelRuns {
   int height, width, rows, columns;  // of pixels, of runs
 
   FASTCONV_DEVICE PixelRuns(int height, int width)
-      : height(height), width(width), rows(kPool ? height / 2 : (height + kRun - 1) / kRun), columns(kPool ? width / 2 : width) {}
+      : height(height),
+        width(width),
+        rows(kPool ? height / 2 : (height + kRun - 1) / kRun),
+        columns(kPool ? width / 2 : width) {}
 
   static FASTCONV_DEVICE int row(int run, int member) { return kPool ? 2 * run + member / 2 : kRun * run + member; }
   static FASTCONV_DEVICE int column(int run, int member) { return kPool ? 2 * run + member % 2 : run; }
 };
+
+constexpr int kLinePadding = 4;  // floats, so that a channel's weights, which lie together in memory, go to different banks
 
 // Lines of shared memory: of the block's channels, weights of tap · channels + channel of the group, behind them biases.
 struct WeightLines {
@@ -43,8 +48,9 @@ struct WeightLines {
   FASTCONV_DEVICE uint32_t address(int line, int channel) const { return shared_memory() + (line * pitch + channel) * 4; }
 
   template <class T>
-  FASTCONV_DEVICE void fill(const DirectParams& d, const Axis& vertical, const Axis& horizontal, int first, int count) const {
+  FASTCONV_DEVICE void fill(const DirectParams& d, const Axis& vertical, const Axis& horizontal, int first) const {
     const ConvParams& p = d.conv;
+    const int count = pitch - kLinePadding;
     const T* const weight = static_cast<const T*>(p.weight);
     const int all = p.out_channels * p.groups;
     for (int index = threadIdx.x; index < count * depth; index += kDirectThreads) {
@@ -55,13 +61,14 @@ struct WeightLines {
       const int column = horizontal.first_tap + tap % horizontal.taps * horizontal.tap_step;
       // The weight lies [output channel, taps, input channel of a group].
       const int output = d.is_input_grad ? out / p.out_channels * p.channels + from : out;
-      const int input = d.is_input_grad ? out % p.out_channels : from, inputs = d.is_input_grad ? p.out_channels : p.channels;
+      const int input = d.is_input_grad ? out % p.out_channels : from;
+      const int inputs = d.is_input_grad ? p.out_channels : p.channels;
       const int64_t taps = static_cast<int64_t>(output) * p.kernel_h + row;
       store_shared(address(line, channel), widen(load<T>(weight + (taps * p.kernel_w + column) * inputs + input)));
     }
     for (int channel = threadIdx.x; channel < count; channel += kDirectThreads) {
-      const bool is_there = p.bias != nullptr && first + channel < all;
-      store_shared(address(depth, channel), is_there ? widen(load<T>(static_cast<const T*>(p.bias) + first + channel)) : 0.0f);
+      const T* const bias = static_cast<const T*>(p.bias) + first + channel;
+      store_shared(address(depth, channel), p.bias != nullptr && first + channel < all ? widen(load<T>(bias)) : 0.0f);
     }
   }
 };
@@ -86,7 +93,8 @@ struct DirectSums {
     float values[kRun][V];
     FASTCONV_UNROLL
     for (int r = 0; r < kRun; ++r) {
-      const int down = PixelRuns<kPool>::row(0, r) * vertical.stride, across = PixelRuns<kPool>::column(0, r) * horizontal.stride;
+      const int down = PixelRuns<kPool>::row(0, r) * vertical.stride;
+      const int across = PixelRuns<kPool>::column(0, r) * horizontal.stride;
       const bool is_there = is_inside(row + down, p.height) && is_inside(column + across, p.width);
       load_channels<T, V>(values[r], from + down * row_pitch() + across * pixel_pitch(), is_there);
     }
@@ -150,7 +158,8 @@ FASTCONV_DEVICE void finish_pixel(float (&sums)[V], const float (&bias)[V], cons
 
 // y = relu(max of a window's sums + bias), and which pixel won, or that ReLU closed.
 template <class T, int V>
-FASTCONV_DEVICE void finish_window(const float (&sums)[kRun][V], const float (&bias)[V], const ConvParams& p, int64_t offset) {
+FASTCONV_DEVICE void finish_window(
+    const float (&sums)[kRun][V], const float (&bias)[V], const ConvParams& p, int64_t offset) {
   float best[V];
   int code[V];
   FASTCONV_UNROLL
@@ -191,8 +200,8 @@ __global__ void __launch_bounds__(kDirectThreads, 2) direct_kernel(const DirectP
   const PixelRuns<kPool> runs((p.out_height - phase_h + step_h - 1) / step_h, (p.out_width - phase_w + step_w - 1) / step_w);
   const int units = p.batch * runs.rows * runs.columns;
   const int last_unit = first_unit + d.block_units < units ? first_unit + d.block_units : units;
-  const WeightLines lines{d.lanes.lanes * V + 4, vertical.taps * horizontal.taps * p.channels};
-  lines.fill<T>(d, vertical, horizontal, first_channel, d.lanes.lanes * V);
+  const WeightLines lines{d.lanes.lanes * V + kLinePadding, vertical.taps * horizontal.taps * p.channels};
+  lines.fill<T>(d, vertical, horizontal, first_channel);
   block_barrier();
 
   const int all = p.out_channels * p.groups, own = threadIdx.x % d.lanes.lanes * V, channel = first_channel + own;
@@ -245,7 +254,7 @@ void launch_shape(Stream stream, DirectParams d) {
   const int64_t width = d.is_input_grad ? ceil_div(p.out_width, p.stride_w) : p.out_width;
   const int64_t units = p.batch * (kPool ? height / 2 * (width / 2) : ceil_div(height, kRun) * width);
   const int64_t weight_lines = static_cast<int64_t>(p.kernel_h) * p.kernel_w * p.channels + 1;
-  const auto bytes = [&] { return weight_lines * (d.lanes.lanes * V + 4) * 4; };
+  const auto bytes = [&] { return weight_lines * (d.lanes.lanes * V + kLinePadding) * 4; };
   const int64_t channels = static_cast<int64_t>(p.out_channels) * p.groups;
   d.lanes = Lanes::of(channels, V, Lanes::most(V));
   while (bytes() > kWantedBytes && d.lanes.lanes > 1) d.lanes = Lanes::of(channels, V, d.lanes.lanes / 2);

@@ -32,22 +32,23 @@ void launch_direct_weight_grad(Stream stream, ScalarType dtype, const WeightGrad
 
 constexpr int kDirectThreads = 256;
 
-// Of a pixel's channels, a block takes `lanes` vectors, each thread one; `tiles` blocks take all. As many threads as there are
-// `lines` of lanes take pixels beside each other, the rest of a block nothing.
+// Of a pixel's channels, a block takes `lanes` vectors, each thread one; `tiles` blocks take all. `lines` of lanes take
+// different pixels, and threads behind the last whole line nothing.
 struct Lanes {
   int lanes, tiles, lines;
 
-  // As even as can be. Eight vectors of 16 bytes are a line of the cache, and lanes of a warp then share what is read of weights.
+  // As even as can be.
   static Lanes of(int64_t channels, int vector, int most) {
     const int64_t vectors = ceil_div(channels, vector), tiles = ceil_div(vectors, most);
     const int lanes = static_cast<int>(ceil_div(vectors, tiles));
     return {lanes, static_cast<int>(ceil_div(vectors, lanes)), kDirectThreads / lanes};
   }
+  // Eight vectors of 16 bytes are a line of the cache, and a warp's four lines then share the weights that they read.
   static int most(int vector) { return vector == 1 ? 32 : 8; }
 };
 
-// body(vector, group): channels that a thread takes at once. Where groups have as many channels out as in, 1, 2, 4 or 8, a vector
-// is 16 bytes or a whole group, whichever is more; where addresses do not allow it, and for other groups, it is one channel.
+// body(vector, group): channels that a thread takes at once. Where groups have as many channels out as in, 1, 2, 4 or 8, they
+// are 16 bytes or a whole group, whichever is more; where addresses do not allow it, and of other groups, one channel.
 template <class T, class Body>
 void by_group(int channels, int out_channels, int groups, std::initializer_list<const void*> addresses, const Body& body) {
   const auto try_group = [&](auto group) {
@@ -70,7 +71,9 @@ FASTCONV_DEVICE float unpack(uint32_t word, int index);
 template <>
 FASTCONV_DEVICE float unpack<float>(uint32_t word, int) { return as_float(word); }
 template <>
-FASTCONV_DEVICE float unpack<bf16>(uint32_t word, int index) { return as_float(index == 0 ? word << 16 : word & 0xffff0000u); }
+FASTCONV_DEVICE float unpack<bf16>(uint32_t word, int index) {
+  return as_float(index == 0 ? word << 16 : word & 0xffff0000u);
+}
 template <>
 FASTCONV_DEVICE float unpack<f16>(uint32_t word, int index) {
   return widen(f16{static_cast<uint16_t>(index == 0 ? word : word >> 16)});

@@ -1,4 +1,4 @@
-// Weight gradient of convolutions whose groups have few channels: partial sums over runs of pixels, then their sums in order.
+// Weight gradient of convolutions whose groups have few channels: sums over runs of pixels, then their sums in order.
 //
 // A thread keeps sums of a part of a window for a vector of channels. Parts of larger windows (of groups that are taken by
 // single channels also their input channels) lie beside each other in a block, so that they find its pixels in the cache.
