@@ -79,7 +79,7 @@ struct DirectSums {
   const ConvParams& p;
   const Axis &vertical, &horizontal;
   const WeightLines& lines;
-  const T* x;   // of an image, from the first channel that is read
+  const T* x;              // of an image, from the first channel that is read
   int top, left, channel;  // where the first pixel's window lies; of the block
   float at[kRun][V];
 
