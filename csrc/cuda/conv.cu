@@ -1,4 +1,5 @@
 // Operators of convolutions: what tensors say is checked and told to kernels.
+#include "conv_direct.h"
 #include "conv_launch.h"
 #include "operators.h"
 #include "sum_rows.h"
@@ -115,9 +116,11 @@ void cuda_conv2d(
   p.relu = relu;
   set_window(p, sizes, stride, padding, dilation);
   p.stores_chunks = is_aligned(p.y) && is_aligned(p.code);
+  const Route route = code ? Route::kForwardPool : Route::kForward;
+  if (tile == 0 && is_direct(p)) return launch_direct(call.stream(), dtype, route, p);
   const bool vector = is_vector(sizes, x.element_size(), {p.x, p.weight});
   by_math(dtype, tf32, [&](auto math) {
-    launch_conv<typename decltype(math)::Type>(call.stream(), code ? Route::kForwardPool : Route::kForward, p, vector, to_tile(tile));
+    launch_conv<typename decltype(math)::Type>(call.stream(), route, p, vector, to_tile(tile));
   });
 }
 
@@ -142,6 +145,7 @@ void cuda_conv2d_input_grad(
   p.out_channels = static_cast<int>(sizes.weight.channels);
   set_window(p, sizes, stride, padding, dilation);
   p.stores_chunks = is_aligned(p.y);
+  if (tile == 0 && is_direct(p)) return launch_direct(call.stream(), dtype, Route::kInputGrad, p);
   const bool vector = is_vector(sizes, grad.element_size(), {p.x, p.weight});
   by_math(dtype, tf32, [&](auto math) {
     launch_conv<typename decltype(math)::Type>(call.stream(), Route::kInputGrad, p, vector, to_tile(tile));
@@ -167,6 +171,16 @@ void cuda_conv2d_weight_grad(
   p.channels = static_cast<int>(sizes.weight.channels);
   p.out_channels = static_cast<int>(sizes.out.channels / groups);
   set_window(p, sizes, stride, padding, dilation);
+  if (tile == 0 && is_direct(p)) {
+    const int runs = direct_weight_grad_runs(dtype, p);
+    const Tensor sums = scratch(grad, {runs, sizes.weight.numel()});
+    p.sums = call.write<float>(sums);
+    launch_direct_weight_grad(call.stream(), dtype, p);
+    return by_dtype(dtype, [&](auto type) {
+      using T = typename decltype(type)::T;
+      sum_rows(call.stream(), p.sums, runs, call.write<T>(weight_grad), sizes.weight.numel());
+    });
+  }
   const bool vector = is_vector(sizes, grad.element_size(), {p.x, p.grad});
   by_math(dtype, tf32, [&](auto math) {
     using Math = typename decltype(math)::Type;

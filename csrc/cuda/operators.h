@@ -8,7 +8,8 @@
 namespace fastconv {
 
 // `size`: height and width of the output before a 2×2 pool, of which there is one where a code is given. `tf32`: float32
-// operands may be rounded to TF32. `tile`: 0 leaves the choice to sizes, 1 takes small tiles, 2 large ones where there are any.
+// operands may be rounded to TF32. `tile`: 0 leaves the choice to sizes, also that of direct kernels for groups of few
+// channels; 1 takes small tiles, 2 large ones where there are any.
 void cuda_conv2d(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::optional<Tensor>& residual,
     const Tensor& output, const std::optional<Tensor>& code, const Pair& size, const Pair& stride, const Pair& padding,

@@ -1,5 +1,7 @@
 """Convolutions on a GPU by the CUDA C++ kernels: implicit products on tensor cores, float32 without TF32 on CUDA cores.
 
+Groups of few channels would leave tiles of products nearly empty: kernels of their own pass over their maps, in float32.
+
 `prepared`, which other kernels are spared work by, is not read.
 """
 
@@ -12,7 +14,7 @@ from fastconv.backends.native_passes import masked, max_pool2d, max_pool2d_backw
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 
-tile = 0  # 0 leaves the size of tiles to the kernels; tests also ask for small (1) and large ones (2)
+tile = 0  # 0 leaves it to sizes what serves; tests also ask for products by small tiles (1) and by large ones (2)
 
 _MOST_PIXELS = 2**31 - 2**16  # which the kernels number in 32 bits
 
