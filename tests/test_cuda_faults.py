@@ -27,6 +27,12 @@ CONVS = [
     (ConvCase("many_pixels", (3, 8, 20, 19), 8, (1, 1)), "bfloat16"),
 ]
 
+NARROW = [
+    (ConvCase("depthwise", (2, 16, 9, 7), 16, (3, 3), padding=1, groups=16), "bfloat16"),
+    (ConvCase("pairs", (1, 8, 8, 6), 8, (3, 3), stride=(2, 1), padding=1, groups=4), "ieee"),
+    (ConvCase("multiplied", (1, 6, 7, 7), 12, (3, 4), padding=1, groups=3), "float16"),
+]
+
 
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[build.Machine]:
@@ -119,7 +125,14 @@ def check_norm(x: Tensor) -> None:
     torch.testing.assert_close(got[:2], want[:2], **coarse)
 
 
-AREAS = {"conv": check_convolutions, "passes": check_passes}
+def check_direct(machine: build.Machine) -> None:
+    """Convolutions whose groups have few channels."""
+    for schedule, (case, name) in zip(SCHEDULES, NARROW, strict=True):
+        machine.set_schedule(schedule)
+        check_convolution(operands(case, POLICIES[name].dtype, integers=True), POLICIES[name])
+
+
+AREAS = {"conv": check_convolutions, "direct": check_direct, "passes": check_passes}
 
 
 def caught(machine: build.Machine, fault: int) -> str | None:

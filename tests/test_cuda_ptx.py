@@ -37,6 +37,14 @@ CONVS = {
     "elements": ((1, 5, 8, 9), (7, 5, 3, 3), (2, 1), (1, 1), (1, 1), 1),
     "grouped elements": ((2, 6, 7, 7), (9, 2, 3, 3), (1, 1), (1, 1), (1, 1), 3),
 }
+# Groups of few channels: windows that slide and others, by vectors and by single channels.
+NARROW = {
+    **{f"depthwise {k}x{k}": ((1, 16, 9, 8), (16, 1, k, k), (1, 1), (1, 1), (1, 1), 16) for k in (3, 5, 7)},
+    "depthwise, stride 2": ((1, 16, 9, 8), (16, 1, 3, 3), (2, 2), (1, 1), (1, 1), 16),
+    **{f"groups of {c}": ((1, 16, 7, 6), (16, c, 3, 3), (1, 1), (1, 1), (1, 1), 16 // c) for c in (2, 4, 8)},
+    "depthwise elements": ((1, 5, 7, 6), (5, 1, 3, 3), (1, 1), (1, 1), (1, 1), 5),
+    "narrow elements": ((1, 6, 7, 6), (4, 3, 2, 3), (1, 2), (1, 1), (1, 1), 2),
+}
 PRODUCTS = {
     "bf16": Policy(BF16),
     "f16": Policy(torch.float16),
@@ -49,7 +57,7 @@ CASES = [
     for product in PRODUCTS
     for tile in (1, 2)  # small, large; only vectors and tensor cores have large ones
     if tile == 1 or ("elements" not in case and product != "ieee")
-]
+] + [(case, "bf16", 0) for case in NARROW]
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +112,7 @@ class Convolution:
     """The operands of a convolution and of its gradients, and what the launchers make of them."""
 
     def __init__(self, case: str, product: str, make: Make) -> None:
-        x, weight, *window = CONVS[case]
+        x, weight, *window = (CONVS | NARROW)[case]
         self.policy = PRODUCTS[product]
         self.g = g = ConvGeometry.of("test", x, weight, None, *window)
         self.pool = PoolGeometry.of("test", g.output_shape, (2, 2), (2, 2), (0, 0), (1, 1), False)

@@ -10,7 +10,7 @@ class Fault(NamedTuple):
     """`new` in place of `old` in a file of csrc/cuda, where FAULT stands for 'this fault is switched on'.
 
     Attributes:
-        area: what shows it, 'conv' or 'passes'.
+        area: what shows it, 'conv', 'direct' or 'passes'.
         survives: why nothing can show it, for those that are no faults to a CPU.
     """
 
@@ -157,6 +157,31 @@ FAULTS = (
     _wrong("columns beyond the last", "conv.h", "e >= count", "false"),
     _wrong("whole chunks where there is none", "conv.h", "p.stores_chunks && p.out_channels % Out::kVector == 0", "true"),
     _wrong("chunks to addresses that allow none", "conv.h", "p.stores_chunks && p.out_channels % kVector == 0", "true"),
+    # ---- direct kernels of narrow groups
+    _missing("no barrier before weights are read", "conv_direct.cu", "block_barrier();", "direct"),
+    _wrong("a weight's neighbour", "conv_direct.cu", "line % p.channels", "(line + 1) % p.channels", "direct"),
+    _wrong("a sliding window left a row early", "conv_direct.cu", "j >= r + kHeight", "j >= r + kHeight - 1", "direct"),
+    _wrong("pixels of a run beyond the map", "conv_direct.cu", "row + r < runs.height", "true", "direct"),
+    _wrong("another channel of the group", "conv_direct.cu", "i / G * G + c", "i / G * G + (c + 1) % G", "direct"),
+    _wrong(
+        "a part's last column left out",
+        "conv_direct_wgrad.cu",
+        "column >= p.kernel_w",
+        "column >= p.kernel_w - 1",
+        "direct",
+        context=("row >= p.kernel_h || ", ")"),
+    ),
+    _wrong(
+        "a line of pixels left out",
+        "conv_direct_wgrad.cu",
+        "line < pixel_lines",
+        "line < pixel_lines - 1",
+        "direct",
+        context=("int line = 0; ", ";"),
+    ),
+    _missing(
+        "no barrier between sums", "conv_direct_wgrad.cu", "block_barrier();", "direct", context=("", "\n    for (int index")
+    ),
     # ---- passes
     _missing("no barrier before threads' sums are added", "pixels.h", "block_barrier();", "passes"),
     _wrong("a run's last pixel left out", "pixels.h", "pixel < last", "pixel < last - 1", "passes"),

@@ -27,6 +27,8 @@ SOURCES = {
     "batch_norm_backward": "4bf16",
     "conv": "",
     "conv_bf16": "4Bf16",
+    "conv_direct": "4bf16",
+    "conv_direct_wgrad": "4bf16",
     "conv_f16": "3F16",
     "conv_ieee": "4Ieee",
     "conv_tf32": "4Tf32",
