@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from emu import build, ptx
+from torch import Tensor
 
 pytestmark = pytest.mark.skipif(build.unavailable() is not None, reason=str(build.unavailable()))
 
@@ -97,7 +98,12 @@ def entry(*lines: str) -> str:
 
 
 def test_instructions(tmp_path: Path) -> None:
-    lines = ["ld.param.u64 %rd1, [parameters];"]
+    own = [
+        "mov.u32 %r1, %tid.x;",
+        f"mul.wide.u32 %rd2, %r1, {8 * len(CASES)};",
+        "add.s64 %rd1, %rd1, %rd2;",
+    ]  # a thread's row
+    lines = ["ld.param.u64 %rd1, [parameters];", *own]
     for i, (name, kind, operands, _) in enumerate(CASES):
         register, stored = REGISTERS[kind]
         target = "%p1" if kind == "pred" else register
@@ -115,8 +121,13 @@ def test_instructions(tmp_path: Path) -> None:
         [*(tmp_path / f"{stem}.cpp" for stem in files), build.HERE / "machine.cpp"], flags, folder=tmp_path
     )
     library = ctypes.CDLL(str(build.link(objects, tmp_path / "instructions.so")))
-    results = torch.zeros(len(CASES), dtype=torch.int64)
-    library.run(ctypes.c_void_p(results.data_ptr()), len(CASES))
+    rows = torch.zeros(32, len(CASES), dtype=torch.int64)
+    library.run(ctypes.c_void_p(rows.data_ptr()), rows.numel())
+    for row in rows:
+        check(row)
+
+
+def check(results: Tensor) -> None:
     for (name, _, operands, expected), result in zip(CASES, results.tolist(), strict=True):
         assert result % 2**64 == expected, f"{name} {operands}: {result % 2**64:#x}, not {expected:#x}"
 
