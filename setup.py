@@ -183,6 +183,8 @@ def choose(mode: str, torch: ModuleType | None, compiler: str | None, nvcc: str 
         no_cuda.append(f"torch {torch.__version__} was built without CUDA")
     if nvcc is None:
         no_cuda.append("no nvcc was found ($CUDA_HOME, PATH, /usr/local/cuda)")
+    elif torch is not None and torch.version.cuda is not None and major(version_of(nvcc)) != major(torch.version.cuda):
+        no_cuda.append(f"{nvcc} is of CUDA {version_of(nvcc)}, torch {torch.__version__} of CUDA {torch.version.cuda}")
     wanted = {"cpu": missing, "cuda": [*missing, *no_cuda]}.get(mode, [])
     if wanted:
         raise SystemExit(f"FASTCONV_BUILD={mode}, but {' and '.join(wanted)}")
@@ -270,6 +272,10 @@ def toolkit_of(nvcc: str) -> str:
     steps = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True).stderr
     found = re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
     return os.path.realpath(found[1] if found else os.path.join(os.path.dirname(os.path.realpath(nvcc)), ".."))
+
+
+def major(version: str) -> str:
+    return version.partition(".")[0]
 
 
 def version_of(nvcc: str) -> str:

@@ -40,7 +40,10 @@ def nvcc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     path = tmp_path / "cuda" / "bin" / "nvcc"
     path.parent.mkdir(parents=True)
-    path.write_text("#!/bin/sh\necho compute_75; echo compute_80; echo compute_86; echo compute_89; echo compute_90\n")
+    chips = " ".join(f"compute_{chip}" for chip in (75, 80, 86, 89, 90))
+    path.write_text(
+        f'#!/bin/sh\ncase $1 in --version) echo "Cuda compilation tools, release 13.0, V13";; *) echo {chips};; esac\n'
+    )
     path.chmod(0o755)
     return str(path)
 
@@ -60,14 +63,21 @@ def test_builds_for_cuda_without_a_gpu(setup_py: ModuleType, nvcc: str, mode: st
 
 @pytest.mark.parametrize("torch, compiler, missing", [(None, "g++", "torch"), (TORCH, None, "compiler")])
 def test_missing_parts(setup_py: ModuleType, torch: ModuleType | None, compiler: str | None, missing: str) -> None:
-    libraries, reason = setup_py.choose("auto", torch, compiler, "nvcc")
+    libraries, reason = setup_py.choose("auto", torch, compiler, None)
     assert not libraries and missing in reason
     for mode in ("cpu", "cuda"):
         with pytest.raises(SystemExit, match=missing):
-            setup_py.choose(mode, torch, compiler, "nvcc")
+            setup_py.choose(mode, torch, compiler, None)
 
 
-@pytest.mark.parametrize("torch, has_nvcc, missing", [(TORCH, True, "built without CUDA"), (CUDA_TORCH, False, "no nvcc")])
+@pytest.mark.parametrize(
+    "torch, has_nvcc, missing",
+    [
+        (TORCH, True, "built without CUDA"),
+        (CUDA_TORCH, False, "no nvcc"),
+        (torch_for("12.8"), True, "is of CUDA 13.0, torch 2.11 of CUDA 12.8"),
+    ],
+)
 def test_missing_parts_for_cuda(setup_py: ModuleType, nvcc: str, torch: ModuleType, has_nvcc: bool, missing: str) -> None:
     found = nvcc if has_nvcc else None
     libraries, reason = setup_py.choose("auto", torch, "g++", found)

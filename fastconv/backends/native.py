@@ -5,7 +5,9 @@ They take dense channels_last tensors of float32, bfloat16 or float16, and sum i
 
 from __future__ import annotations
 
-from types import ModuleType
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,68 +75,22 @@ def supports(op: str, direction: str, geometry: ConvGeometry | PoolGeometry, pol
     return unavailable() if device_type == "cpu" else unavailable_cuda() or native_cuda.too_large(geometry)
 
 
-def _convolutions(tensor: Tensor) -> ModuleType:
-    return native_cuda if runs_cuda(tensor) else native_conv
+def _by_device(name: str) -> Callable[..., Any]:
+    """A convolution's launcher, the CUDA library's or the CPU library's: by where its first operand lies."""
+    on_cuda, on_cpu = getattr(native_cuda, name), getattr(native_conv, name)
+
+    @functools.wraps(on_cpu)
+    def launch(tensor: Tensor, *operands: Any, **named: Any) -> Any:
+        return (on_cuda if runs_cuda(tensor) else on_cpu)(tensor, *operands, **named)
+
+    return launch
 
 
-def conv2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    g: ConvGeometry,
-    policy: Policy,
-    relu: bool,
-    prepared: Tensor | None = None,
-) -> Tensor:
-    output: Tensor = _convolutions(x).conv2d(x, weight, bias, residual, g, policy, relu, prepared)
-    return output
-
-
-def conv2d_relu_max_pool2d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    g: ConvGeometry,
-    pool: PoolGeometry,
-    policy: Policy,
-    prepared: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    output, code = _convolutions(x).conv2d_relu_max_pool2d(x, weight, bias, g, pool, policy, prepared)
-    return output, code
-
-
-def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
-    input_grad: Tensor = _convolutions(grad).conv2d_input_grad(grad, weight, g, policy)
-    return input_grad
-
-
-def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
-    weight_grad: Tensor = _convolutions(grad).conv2d_weight_grad(grad, x, g, policy)
-    return weight_grad
-
-
-def conv2d_relu_weight_grad(
-    grad: Tensor, gate: Tensor, x: Tensor, g: ConvGeometry, policy: Policy, pool: PoolGeometry | None, with_bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    weight, bias = _convolutions(grad).conv2d_relu_weight_grad(grad, gate, x, g, policy, pool, with_bias)
-    return weight, bias
-
-
-def conv2d_backward(grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy) -> tuple[Tensor, Tensor]:
-    grad_input, grad_weight = _convolutions(grad).conv2d_backward(grad, x, weight, g, policy)
-    return grad_input, grad_weight
-
-
-def conv2d_input_grad_relu(
-    grad: Tensor, weight: Tensor, gate: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    closed, bias = _convolutions(grad).conv2d_input_grad_relu(grad, weight, gate, g, policy, with_bias)
-    return closed, bias
-
-
-def conv2d_backward_relu(
-    grad: Tensor, x: Tensor, weight: Tensor, g: ConvGeometry, policy: Policy, with_bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    closed, grad_weight, bias = _convolutions(grad).conv2d_backward_relu(grad, x, weight, g, policy, with_bias)
-    return closed, grad_weight, bias
+conv2d = _by_device("conv2d")
+conv2d_relu_max_pool2d = _by_device("conv2d_relu_max_pool2d")
+conv2d_input_grad = _by_device("conv2d_input_grad")
+conv2d_weight_grad = _by_device("conv2d_weight_grad")
+conv2d_relu_weight_grad = _by_device("conv2d_relu_weight_grad")
+conv2d_backward = _by_device("conv2d_backward")
+conv2d_input_grad_relu = _by_device("conv2d_input_grad_relu")
+conv2d_backward_relu = _by_device("conv2d_backward_relu")
