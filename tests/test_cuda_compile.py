@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+import sysconfig
 from pathlib import Path
 
 import pytest
 import report
-from emu import device_code
+import torch
+from emu import build, device_code
 from emu.device_code import CAPABILITIES, Kernel
 
 pytestmark = pytest.mark.skipif(device_code.unavailable() is not None, reason=str(device_code.unavailable()))
@@ -41,6 +43,25 @@ def test_every_kernel_is_compiled_for_every_chip(kernels: list[Kernel]) -> None:
     assert named, "no kernels are found in the sources"
     for capability in CAPABILITIES:
         assert {k.name.partition("<")[0] for k in kernels if k.capability == capability} == named
+
+
+def test_the_library_links(kernels: list[Kernel], tmp_path: Path) -> None:
+    """Whatever one source takes from another is there: what is left to find is torch's, CUDA's and Python's."""
+    registry, library = tmp_path / "registry.o", tmp_path / "_cuda.so"
+    includes = [f"-I{path}" for path in (Path(torch.__file__).parent / "include", sysconfig.get_path("include"))]
+    told = ['-DFASTCONV_ARCHITECTURES="9.0"', '-DFASTCONV_NVCC="13.0"']
+    compiler = str(device_code.nvcc())
+    build.run(
+        [compiler, *device_code.FLAGS, *told, *includes, "-c", str(device_code.CUDA / "registry.cpp"), "-o", str(registry)]
+    )
+    objects = [str(path) for path in device_code.compile_all().values()]
+    build.run([compiler, "-shared", *objects, str(registry), "-o", str(library)])
+    symbols = build.run(["nm", "--demangle", "--dynamic", "--undefined-only", str(library)])
+    missing = {line.split(maxsplit=1)[1].partition("@")[0] for line in symbols.splitlines() if " U " in line}
+    assert not {name for name in missing if "fastconv" in name}
+    assert any(name.startswith("aoti_torch_get_current_cuda_stream") for name in missing)
+    exported = build.run(["nm", "--dynamic", "--defined-only", str(library)])
+    assert "PyInit__cuda" in exported
 
 
 @this_compiler

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "nvcc"
 CAPABILITIES = (80, 90)
-FLAGS = ("-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000")
+FLAGS = ("-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler", "-fPIC")
 MOST_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a block can have
 
 # Of instructions, by what they do: products, fragments from shared memory, copies of 16 bytes to it, stores of 16 bytes.
