@@ -16,6 +16,7 @@ A compiler that is found but fails is an error in every mode but 'none'. Everyth
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shlex
@@ -23,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from pathlib import Path
 from types import ModuleType
 
 from setuptools import setup
@@ -111,6 +113,7 @@ HEADERS = (
     "csrc/cuda/tensors.h",
     "csrc/cuda/tile.h",
     "csrc/cuda/values.h",
+    "csrc/cuda/walk.h",
     "csrc/cuda/windows.h",
     "csrc/maps.h",
     "csrc/passes.h",
@@ -124,6 +127,8 @@ SANITIZER_FLAGS = ("-O2", "-g1", "-fno-omit-frame-pointer", "-fno-sanitize-recov
 NVCC_FLAGS = ("-O3", "-DUSE_CUDA", "-Xcompiler", "-fvisibility=hidden")
 # Compute capabilities: one for each kind of tensor core. The last nvcc knows comes as PTX too, for chips that are newer.
 ARCHITECTURES = ("8.0", "8.6", "8.9", "9.0", "10.0")
+# torch's names for some.
+NAMED = {"Ampere": "8.0 8.6+PTX", "Ada": "8.9+PTX", "Hopper": "9.0+PTX", "Blackwell": "10.0 12.0+PTX"}
 # The oldest torch whose stable ABI the library may use; one binary then serves it and every later one.
 TORCH_TARGET_VERSION = "0x020b000000000000"
 
@@ -178,48 +183,62 @@ def choose(mode: str, torch: ModuleType | None, compiler: str | None, nvcc: str 
         missing.append("torch is not installed in this environment (install it first)")
     if compiler is None:
         missing.append("no C++ compiler was found ($CXX, c++, g++, clang++)")
-    no_cuda = []
-    if torch is not None and torch.version.cuda is None:
-        no_cuda.append(f"torch {torch.__version__} was built without CUDA")
-    if nvcc is None:
-        no_cuda.append("no nvcc was found ($CUDA_HOME, PATH, /usr/local/cuda)")
-    elif torch is not None and torch.version.cuda is not None and major(version_of(nvcc)) != major(torch.version.cuda):
-        no_cuda.append(f"{nvcc} is of CUDA {version_of(nvcc)}, torch {torch.__version__} of CUDA {torch.version.cuda}")
-    wanted = {"cpu": missing, "cuda": [*missing, *no_cuda]}.get(mode, [])
-    if wanted:
-        raise SystemExit(f"FASTCONV_BUILD={mode}, but {' and '.join(wanted)}")
+    no_cuda = None if mode == "cpu" or torch is None else without_cuda(torch, nvcc)
+    if mode == "cuda" and no_cuda is not None:
+        missing.append(no_cuda)
+    if missing and mode != "auto":
+        raise SystemExit(f"FASTCONV_BUILD={mode}, but {' and '.join(missing)}")
     if missing:
         return (), " and ".join(missing)
     assert torch is not None
     found = f"FASTCONV_BUILD={mode}, torch {torch.__version__}, compiler {compiler}"
     if mode == "cpu":
         return ("cpu",), found
-    if no_cuda:
-        return ("cpu",), f"{found}; no CUDA library: {' and '.join(no_cuda)}"
-    return ("cpu", "cuda"), f"{found}, {nvcc} for {' '.join(architectures(nvcc))}"
+    if no_cuda is not None:
+        return ("cpu",), f"{found}; no CUDA library: {no_cuda}"
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    wanted = f" (TORCH_CUDA_ARCH_LIST={asked!r})" if asked else ""
+    return ("cpu", "cuda"), f"{found}, {nvcc} for {' '.join(architectures(nvcc))}{wanted}"
+
+
+def without_cuda(torch: ModuleType, nvcc: str | None) -> str | None:
+    """Why there can be no CUDA library; None where there can."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} was built without CUDA"
+    if nvcc is None:
+        return "no nvcc was found ($CUDA_HOME, PATH, /usr/local/cuda)"
+    version = re.search(r"release (\S+),", said_by(nvcc, "--version"))
+    if version is None:
+        return f"{nvcc} does not say its version: it does not work"
+    if version[1].partition(".")[0] != torch.version.cuda.partition(".")[0]:
+        return f"{nvcc} is of CUDA {version[1]}, torch {torch.__version__} of CUDA {torch.version.cuda}"
+    if not architectures(nvcc):
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        return (
+            f"TORCH_CUDA_ARCH_LIST={asked!r} asks for no compute capability from 8.0 on, which the kernels need: cp.async, "
+            f"and tensor cores that know bfloat16 and TF32; allowed: such as '8.0;9.0+PTX', and {', '.join(NAMED)}"
+        )
+    return None
+
+
+def said_by(nvcc: str, *arguments: str) -> str:
+    """What nvcc prints; nothing where it does not work."""
+    try:
+        result = subprocess.run([nvcc, *arguments], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return result.stdout + result.stderr if result.returncode == 0 else ""
 
 
 def architectures(nvcc: str | None) -> list[str]:
-    """Compute capabilities to compile for, as torch's extensions take them: '9.0', or '9.0+PTX'.
-
-    Raises:
-        SystemExit: TORCH_CUDA_ARCH_LIST asks for one that the kernels cannot run on.
-    """
+    """Compute capabilities to compile for, as torch's extensions take them: '9.0', or '9.0+PTX'. None below 8.0."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
-    for name in asked:
-        major = name.partition(".")[0]
-        if major.isdecimal() and int(major) < 8:
-            raise SystemExit(
-                f"TORCH_CUDA_ARCH_LIST asks for {name}, but the CUDA kernels need compute capability 8.0: cp.async, and "
-                f"tensor cores that know bfloat16 and TF32"
-            )
-    if asked or nvcc is None:
-        return asked
-    listed = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    if nvcc is None or (asked and {"native", "All", "Common"}.isdisjoint(asked)):
+        numbers = " ".join(NAMED.get(name, name) for name in asked).split()
+        return [each for each in numbers if re.fullmatch(r"([89]|\d\d)\.\d[af]?(\+PTX)?", each)]
+    listed = said_by(nvcc, "--list-gpu-arch").split()
     known = [name for name in ARCHITECTURES if f"compute_{name.replace('.', '')}" in listed]
-    if not known:
-        raise SystemExit(f"{nvcc} compiles for none of {', '.join(ARCHITECTURES)}; set TORCH_CUDA_ARCH_LIST")
-    return [*known[:-1], f"{known[-1]}+PTX"]
+    return [*known[:-1], *(f"{last}+PTX" for last in known[-1:])]
 
 
 def flags(sanitizers: str) -> tuple[list[str], list[str]]:
@@ -234,26 +253,32 @@ def flags(sanitizers: str) -> tuple[list[str], list[str]]:
 def extensions(libraries: tuple[str, ...], compiler: str, nvcc: str | None) -> dict[str, object]:
     """setup()'s arguments for the compiled libraries."""
     os.environ.setdefault("CXX", compiler)
-    if "cuda" in libraries and nvcc is not None:  # both are read when torch's module is imported, or when it builds
+    if "cuda" in libraries and nvcc is not None:  # they are read when torch's module is imported, or when it builds
         os.environ.setdefault("CUDA_HOME", toolkit_of(nvcc))
+        os.environ.setdefault("CC", shlex.split(compiler)[-1])  # by which torch's extensions tell nvcc its host compiler
         os.environ["TORCH_CUDA_ARCH_LIST"] = ";".join(architectures(nvcc))
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+    from torch.version import cuda as torch_cuda
 
     compile_flags, link_flags = flags(os.environ.get("FASTCONV_SANITIZE", ""))
     stable = f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"
+    # The libraries know each other's operators by their schemas.
+    digest = hashlib.sha256(Path(__file__).with_name("csrc").joinpath("schemas.h").read_bytes()).hexdigest()[:16]
+    schemas = f'-DFASTCONV_SCHEMAS="{digest}"'
     modules = [
         CppExtension(
             "fastconv._C",
             list(SOURCES),
             depends=list(HEADERS),
-            extra_compile_args={"cxx": [*compile_flags, stable, f'-DFASTCONV_FLAGS="{" ".join(compile_flags)}"']},
+            extra_compile_args={"cxx": [*compile_flags, stable, schemas, f'-DFASTCONV_FLAGS="{" ".join(compile_flags)}"']},
             extra_link_args=link_flags,
         )
     ]
     if "cuda" in libraries and nvcc is not None:
         told = [
             f'-DFASTCONV_ARCHITECTURES="{os.environ["TORCH_CUDA_ARCH_LIST"]}"',
-            f'-DFASTCONV_NVCC="{version_of(nvcc)}"',
+            f'-DFASTCONV_CUDA="{torch_cuda}"',
+            schemas,
         ]
         modules.append(
             CUDAExtension(
@@ -264,24 +289,23 @@ def extensions(libraries: tuple[str, ...], compiler: str, nvcc: str | None) -> d
                 extra_link_args=["-s"],
             )
         )
-    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildExtension}}
+
+    class BuildWithAdvice(BuildExtension):
+        def build_extension(self, ext: object) -> None:
+            try:
+                super().build_extension(ext)
+            except BaseException:
+                if getattr(ext, "name", "") == "fastconv._cuda":
+                    print("fastconv: the CUDA library was not built; FASTCONV_BUILD=cpu builds without it", file=sys.stderr)
+                raise
+
+    return {"ext_modules": modules, "cmdclass": {"build_ext": BuildWithAdvice}}
 
 
 def toolkit_of(nvcc: str) -> str:
     """The folder of the toolkit that `nvcc`, which may be a script somewhere else, belongs to."""
-    steps = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True).stderr
-    found = re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
+    found = re.search(r"^#\$ TOP=(.+)$", said_by(nvcc, "--dryrun", "-x", "cu", os.devnull), re.MULTILINE)
     return os.path.realpath(found[1] if found else os.path.join(os.path.dirname(os.path.realpath(nvcc)), ".."))
-
-
-def major(version: str) -> str:
-    return version.partition(".")[0]
-
-
-def version_of(nvcc: str) -> str:
-    printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"release (\S+),", printed)
-    return found[1] if found else "unknown"
 
 
 def main() -> None:

@@ -1,5 +1,5 @@
 // Operators of fastconv_native that are passes over maps: the same on every device, each library with kernels of its own.
-// Outputs are allocated by the caller; sums over pixels are taken in float32 and in an order that sizes alone decide.
+// Outputs are allocated by the caller; sums over pixels are taken in an order that sizes and alignment alone decide.
 #pragma once
 
 #include "maps.h"

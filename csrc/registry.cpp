@@ -8,8 +8,8 @@
 
 #include <torch/headeronly/version.h>
 
-#ifndef FASTCONV_FLAGS
-#error "setup.py passes the compiler's flags as FASTCONV_FLAGS"
+#if !defined(FASTCONV_FLAGS) || !defined(FASTCONV_SCHEMAS)
+#error "setup.py passes the compiler's flags as FASTCONV_FLAGS, a digest of schemas.h as FASTCONV_SCHEMAS"
 #endif
 
 STABLE_TORCH_LIBRARY(fastconv_native, m) {
@@ -52,8 +52,8 @@ PyObject* build_info(PyObject*, PyObject*) {
   const char* compiler = "gcc " __VERSION__;
 #endif
   return Py_BuildValue(
-      "{s:s,s:s,s:O,s:s}", "compiler", compiler, "flags", FASTCONV_FLAGS, "amx",
-      fastconv::built_with_amx() ? Py_True : Py_False, "torch", TORCH_VERSION);
+      "{s:s,s:s,s:O,s:s,s:s}", "compiler", compiler, "flags", FASTCONV_FLAGS, "amx",
+      fastconv::built_with_amx() ? Py_True : Py_False, "torch", TORCH_VERSION, "schemas", FASTCONV_SCHEMAS);
 }
 
 PyObject* winograd_filters_size(PyObject*, PyObject* arguments) {
@@ -64,7 +64,7 @@ PyObject* winograd_filters_size(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"build_info", build_info, METH_NOARGS,
-     "How this library was built: compiler, flags, amx (whether it has kernels for it), torch (the headers' version)."},
+     "How this library was built: compiler, flags, amx (whether it has kernels for it), torch (the headers' version), schemas."},
     {"cpu_capability", cpu_capability, METH_NOARGS, "The instruction set in use: 'AVX512_BF16', 'AVX512', 'AVX2' or 'default'."},
     {"winograd_filters_size", winograd_filters_size, METH_VARARGS,
      "Floats of a weight [out_channels, channels, 3, 3] transformed by winograd_filters; 0 if that does not pay."},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 import fastconv
 import fastconv.functional as FC
 from fastconv import backends, tuning
+from fastconv.backends import native_library
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy, policy
 
@@ -76,6 +78,37 @@ def test_native_stands_in_for_triton_on_a_gpu(chip: str, channels: int) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    "built, capability, runs",
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 9), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("9.0", (8, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (10, 0), False),
+        ("9.0a+PTX", (10, 0), False),
+        ("10.0+PTX", (12, 0), True),
+    ],
+)
+def test_what_was_built_for_a_chip_runs_there(built: str, capability: tuple[int, int], runs: bool) -> None:
+    assert native_library.runs_on(built, capability) == runs
+
+
+def test_libraries_of_different_sources_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def library(schemas: str) -> SimpleNamespace:
+        return SimpleNamespace(build_info=lambda: {"schemas": schemas, "architectures": "8.0"})
+
+    libraries = {"fastconv._C": library("new"), "fastconv._cuda": library("old")}
+    monkeypatch.setattr(native_library, "_load", libraries.__getitem__)
+    cuda_library = native_library.cuda_library.__wrapped__
+    assert "built from different sources" in str(cuda_library())
+    libraries["fastconv._cuda"] = library("new")
+    assert cuda_library() is libraries["fastconv._cuda"]
+
+
 def geometry_of_a_pool(shape: tuple[int, ...]) -> PoolGeometry:
     return PoolGeometry.of("max_pool2d", shape, (2, 2), (2, 2), (0, 0), (1, 1), False)
 
@@ -128,6 +161,7 @@ def test_the_environment_names_a_backend() -> None:
 def test_without_triton_or_compiled_library_the_package_works_and_says_why() -> None:
     code = """
 import sys
+from types import SimpleNamespace
 for name in ("triton", "fastconv._C"):
     sys.modules[name] = None
 import torch, fastconv, fastconv.backends as b

@@ -49,7 +49,7 @@ def test_the_library_links(kernels: list[Kernel], tmp_path: Path) -> None:
     """Whatever one source takes from another is there: what is left to find is torch's, CUDA's and Python's."""
     registry, library = tmp_path / "registry.o", tmp_path / "_cuda.so"
     includes = [f"-I{path}" for path in (Path(torch.__file__).parent / "include", sysconfig.get_path("include"))]
-    told = ['-DFASTCONV_ARCHITECTURES="9.0"', '-DFASTCONV_NVCC="13.0"']
+    told = [f'-DFASTCONV_{name}="9.0"' for name in ("ARCHITECTURES", "CUDA", "SCHEMAS")]
     compiler = str(device_code.nvcc())
     build.run(
         [compiler, *device_code.FLAGS, *told, *includes, "-c", str(device_code.CUDA / "registry.cpp"), "-o", str(registry)]

@@ -206,7 +206,7 @@ class TestMaxPool:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 class TestAveragePool:
-    @pytest.mark.parametrize("count_include_pad, divisor", [(True, None), (False, None), (True, 7)])
+    @pytest.mark.parametrize("count_include_pad, divisor", [(True, None), (False, None), (True, 7), (True, -3)])
     @pytest.mark.parametrize("case", [case for case, (*_, dilation, _) in POOLS.items() if dilation == 1])
     def test_window(self, case: str, dtype: torch.dtype, count_include_pad: bool, divisor: int | None) -> None:
         for shape in MAPS:
@@ -227,6 +227,17 @@ class TestAveragePool:
         input_grad = native.global_avg_pool2d_backward(grad, *shape[2:])
         assert_close(input_grad, aten.global_avg_pool2d_backward(grad.double(), *shape[2:]), dtype, 1)
         assert_dense(output, input_grad)
+
+
+@pytest.mark.parametrize("divisor", [2**32, 2**32 + 3, 3 * 10**9, -(2**33)])
+def test_a_divisor_of_more_than_32_bits(divisor: int) -> None:
+    x = random((2, 5, 6, 6), torch.float32)
+    pool = pool_of("3/2/1", x.shape)
+    expected = aten.avg_pool2d(x.double(), pool, True, divisor)
+    assert_close(native.avg_pool2d(x, pool, True, divisor), expected, torch.float32, pool.positions)
+    grad = random(pool.output_shape, torch.float32)
+    expected = aten.avg_pool2d_backward(grad.double(), pool, True, divisor)
+    assert_close(native.avg_pool2d_backward(grad, pool, True, divisor), expected, torch.float32, pool.positions)
 
 
 def test_relu_keeps_nan() -> None:

@@ -96,14 +96,43 @@ def test_unknown_mode_lists_the_allowed_ones(setup_py: ModuleType, mode: str) ->
         setup_py.choose(mode, TORCH, "g++", None)
 
 
-def test_architectures_of_the_environment(setup_py: ModuleType, nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert setup_py.architectures(nvcc) == ["8.0", "8.6", "8.9", "9.0+PTX"]
-    for asked in ("8.6;12.0+PTX", "8.6 12.0+PTX"):
-        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
-        assert setup_py.architectures(nvcc) == ["8.6", "12.0+PTX"]
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5;8.0")
-    with pytest.raises(SystemExit, match=r"7\.5.*need compute capability 8\.0"):
-        setup_py.architectures(nvcc)
+@pytest.mark.parametrize(
+    "asked, built",
+    [
+        ("", "8.0 8.6 8.9 9.0+PTX"),
+        ("native", "8.0 8.6 8.9 9.0+PTX"),  # whether a GPU is visible is never asked
+        ("8.6;12.0+PTX", "8.6 12.0+PTX"),
+        ("8.6 9.0a", "8.6 9.0a"),
+        ("7.5 8.0 8.6+PTX", "8.0 8.6+PTX"),
+        ("Turing;Ampere;Hopper", "8.0 8.6+PTX 9.0+PTX"),
+    ],
+)
+def test_architectures_of_the_environment(
+    setup_py: ModuleType, nvcc: str, asked: str, built: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", asked)
+    assert setup_py.architectures(nvcc) == built.split()
+    reason = setup_py.choose("auto", CUDA_TORCH, "g++", nvcc)[1]
+    assert built in reason and asked in reason
+
+
+def test_too_old_architectures_alone(setup_py: ModuleType, nvcc: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.0;7.5")
+    libraries, reason = setup_py.choose("auto", CUDA_TORCH, "g++", nvcc)
+    assert libraries == ("cpu",) and "7.0;7.5" in reason and "8.0" in reason
+    with pytest.raises(SystemExit, match=r"7\.0;7\.5.*8\.0"):
+        setup_py.choose("cuda", CUDA_TORCH, "g++", nvcc)
+
+
+def test_an_nvcc_that_fails(setup_py: ModuleType, nvcc: str) -> None:
+    """It is a reason against the CUDA library, and none against the other."""
+    Path(nvcc).write_text("#!/bin/sh\nexit 1\n")
+    for compiler in (nvcc, str(Path(nvcc).parent)):  # the latter cannot be run
+        libraries, reason = setup_py.choose("auto", CUDA_TORCH, "g++", compiler)
+        assert libraries == ("cpu",) and "does not work" in reason
+        assert setup_py.choose("cpu", CUDA_TORCH, "g++", compiler)[0] == ("cpu",)
+        with pytest.raises(SystemExit, match="does not work"):
+            setup_py.choose("cuda", CUDA_TORCH, "g++", compiler)
 
 
 def test_nvcc_of_the_environment(setup_py: ModuleType, nvcc: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ struct AvgPoolParams {
   T* to;
   Windows windows;
   Runs runs;  // over pixels of `to`
-  int divisor;  // 0: the pixels of the window
+  float divisor;  // 0: the pixels of the window
   bool count_include_pad;
 };
 
@@ -30,7 +30,7 @@ FASTCONV_DEVICE int pixels_along(const WindowAxis& axis, int window, bool count_
 
 template <class T>
 FASTCONV_DEVICE float divisor_of(const AvgPoolParams<T>& p, int row, int column) {
-  if (p.divisor != 0) return static_cast<float>(p.divisor);
+  if (p.divisor != 0.0f) return p.divisor;
   const int height = pixels_along(p.windows.rows, row, p.count_include_pad);
   return static_cast<float>(height * pixels_along(p.windows.columns, column, p.count_include_pad));
 }
@@ -124,7 +124,7 @@ void pool(
   const Call call(from);
   by_dtype(from.scalar_type(), [&](auto type) {
     using T = typename decltype(type)::T;
-    const int fixed = static_cast<int>(divisor.value_or(0));
+    const float fixed = static_cast<float>(divisor.value_or(0));
     AvgPoolParams<T> p{call.read<T>(from), call.write<T>(to), windows, {}, fixed, count_include_pad};
     by_vector<T>(map.channels, {p.from, p.to}, [&](auto vector) {
       constexpr int V = decltype(vector)::value;

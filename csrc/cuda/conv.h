@@ -159,7 +159,8 @@ FASTCONV_DEVICE void finish(const Sums<S>& sums, const ConvParams& p, const Tile
   }
 }
 
-// y = relu(max of a window's sums + bias): bias and ReLU are monotone. The codes say which pixel won, or that ReLU closed.
+// y = relu(max of a window's sums + bias): bias and ReLU are monotone. The codes say which pixel won before the bias, which tells
+// apart what an infinite bias makes equal, or that ReLU closed.
 template <class S>
 FASTCONV_DEVICE void finish_pool(const Sums<S>& sums, const ConvParams& p, const Tile& tile, const Grid<Route::kForwardPool>& grid) {
   using T = typename S::T;

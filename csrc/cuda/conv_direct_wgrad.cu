@@ -3,6 +3,7 @@
 // A thread keeps sums of a part of a window for a vector of channels. Parts of larger windows (of groups that are taken by
 // single channels also their input channels) lie beside each other in a block, so that they find its pixels in the cache.
 #include "conv_direct.h"
+#include "walk.h"
 
 namespace fastconv {
 
@@ -18,29 +19,6 @@ template <int G>
 constexpr int kPartRows = G == 1 ? 3 : 1;
 template <int G>
 constexpr int kPartColumns = G <= 2 ? 3 : 1;
-
-// A pixel of the output, and steps from it on.
-struct Walk {
-  int n, row, column, step_n, step_row, step_column;
-
-  FASTCONV_DEVICE Walk(int pixel, int step, int height, int width)
-      : n(pixel / width / height),
-        row(pixel / width % height),
-        column(pixel % width),
-        step_n(step / width / height),
-        step_row(step / width % height),
-        step_column(step % width) {}
-
-  FASTCONV_DEVICE void advance(int height, int width) {
-    column += step_column;
-    const bool next_row = column >= width;
-    if (next_row) column -= width;
-    row += step_row + next_row;
-    const bool next_image = row >= height;
-    if (next_image) row -= height;
-    n += step_n + next_image;
-  }
-};
 
 template <class T, int V, int G>
 __global__ void __launch_bounds__(kDirectThreads, 2) direct_weight_grad_kernel(const DirectGradParams d) {
@@ -77,7 +55,7 @@ __global__ void __launch_bounds__(kDirectThreads, 2) direct_weight_grad_kernel(c
     const int64_t next_row = p.dilation_h * row_pitch - (kColumns - 1) * next_column;
     const int pixels = p.batch * p.out_height * p.out_width, first = run * d.run_pixels;
     const int last = first + d.run_pixels < pixels ? first + d.run_pixels : pixels;
-    Walk at(first + pixel_line, pixel_lines, p.out_height, p.out_width);
+    Walk at = Walk::of(first + pixel_line, pixel_lines, p.out_height, p.out_width);
     for (int pixel = first + pixel_line; pixel < last; pixel += pixel_lines) {
       float grad[V];
       load_channels<T, V>(grad, grads + static_cast<int64_t>(pixel) * out_pitch, true);

@@ -26,7 +26,7 @@ template <class Math>
 void launch_weight_grad(Stream stream, WeightGradParams p, bool is_vector, TileSize size);
 
 // Into how many parts the sum over pixels is split: as many as keep a GPU busy, but of no fewer than eight steps. It depends on
-// sizes alone, so that a weight gradient has the same bits on every GPU.
+// sizes and alignment alone, so that a weight gradient has the same bits on every GPU.
 template <class Math>
 int weight_grad_splits(WeightGradParams& p, bool is_vector, TileSize size);
 

@@ -17,14 +17,16 @@ using Stream = void*;
 using Stream = cudaStream_t;
 
 inline void check(cudaError_t error) {
-  STD_TORCH_CHECK(error == cudaSuccess, "fastconv_native: a CUDA kernel was not launched: ", cudaGetErrorString(error));
+  STD_TORCH_CHECK(
+      error == cudaSuccess, "fastconv_native: a CUDA kernel was not launched: ", cudaGetErrorString(error),
+      " (fastconv info says which architectures were built; TORCH_CUDA_ARCH_LIST chooses them)");
 }
 #endif
 
 // Kernels take one struct. No blocks are no launch.
 template <class Params>
 void launch(Stream stream, void (*kernel)(Params), int64_t blocks, int threads, int shared_bytes, const Params& params) {
-  static_assert(sizeof(Params) > 16, "passed in memory, whoever calls");
+  static_assert(sizeof(Params) > 16, "smaller structs are passed in registers, which tests that run PTX on a CPU do not");
   if (blocks == 0) return;
   STD_TORCH_CHECK(blocks < int64_t{1} << 31, "fastconv_native: ", blocks, " blocks are more than a launch can have");
 #ifdef FASTCONV_EMULATED

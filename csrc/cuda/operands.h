@@ -7,6 +7,7 @@
 
 #include "tile.h"
 #include "values.h"
+#include "walk.h"
 
 namespace fastconv {
 
@@ -277,35 +278,27 @@ struct PixelColumns {
 
   const WeightGradParams& p;
   const T* x;
-  int step_image, step_row, step_column;  // from a stage's pixel to the next one's
-  int image[Place::kPasses], out_row[Place::kPasses], out_column[Place::kPasses];
+  Walk pixel[Place::kPasses];
   TapChannel at[kColumns];
 
   FASTCONV_DEVICE PixelColumns(const WeightGradParams& p, int group, int first, int first_pixel)
-      : p(p),
-        x(static_cast<const T*>(p.x) + group * p.channels),
-        step_image(Place::kDepth / p.out_width / p.out_height),
-        step_row(Place::kDepth / p.out_width % p.out_height),
-        step_column(Place::kDepth % p.out_width) {
+      : p(p), x(static_cast<const T*>(p.x) + group * p.channels) {
     FASTCONV_UNROLL
     for (int e = 0; e < kColumns; ++e) at[e] = TapChannel::of(first + Place::chunk() * Place::kVector + e, p.channels, p.kernel_w);
     FASTCONV_UNROLL
     for (int i = 0; i < Place::kPasses; ++i) {
-      const int pixel = first_pixel + Place::line() + i * Place::kLineStep;
-      image[i] = pixel / p.out_width / p.out_height;
-      out_row[i] = pixel / p.out_width % p.out_height;
-      out_column[i] = pixel % p.out_width;
+      pixel[i] = Walk::of(first_pixel + Place::line() + i * Place::kLineStep, Place::kDepth, p.out_height, p.out_width);
     }
   }
 
   FASTCONV_DEVICE const T* element(int pass, const TapChannel& tap) const {
-    const int row = out_row[pass] * p.stride_h - p.pad_h + tap.row * p.dilation_h;
-    const int column = out_column[pass] * p.stride_w - p.pad_w + tap.column * p.dilation_w;
+    const Walk& at = pixel[pass];
+    const int row = at.row * p.stride_h - p.pad_h + tap.row * p.dilation_h;
+    const int column = at.column * p.stride_w - p.pad_w + tap.column * p.dilation_w;
     const bool is_there =
-        image[pass] < p.batch && tap.row < p.kernel_h && is_inside(row, p.height) && is_inside(column, p.width);
+        at.n < p.batch && tap.row < p.kernel_h && is_inside(row, p.height) && is_inside(column, p.width);
     if (!is_there) return nullptr;
-    const int64_t pixel = (static_cast<int64_t>(image[pass]) * p.height + row) * p.width + column;
-    return x + pixel * (p.channels * p.groups) + tap.channel;
+    return x + ((static_cast<int64_t>(at.n) * p.height + row) * p.width + column) * (p.channels * p.groups) + tap.channel;
   }
 
   FASTCONV_DEVICE void fill(uint32_t stage) {
@@ -319,18 +312,8 @@ struct PixelColumns {
       } else {
         store_shared(chunk, gather<T>([&](int e) { return element(i, at[e]); }));
       }
-      advance(i);
+      pixel[i].advance(p.out_height, p.out_width);
     }
-  }
-
-  FASTCONV_DEVICE void advance(int pass) {
-    out_column[pass] += step_column;
-    const bool next_row = out_column[pass] >= p.out_width;
-    if (next_row) out_column[pass] -= p.out_width;
-    out_row[pass] += step_row + next_row;
-    const bool next_image = out_row[pass] >= p.out_height;
-    if (next_image) out_row[pass] -= p.out_height;
-    image[pass] += step_image + next_image;
   }
 };
 

@@ -1,7 +1,7 @@
 // Passes over the pixels of NHWC maps: who does what, and sums over pixels by channel.
 //
 // A block takes a run of pixels and up to `lanes` vectors of channels, its threads lie lanes × lines over them. Sums leave a row
-// for each run, and sum_rows.h adds rows in order: the same bits each time, and on every GPU.
+// for each run, and sum_rows.h adds rows in order. How runs are cut depends on sizes and alignment alone: the same bits on every GPU.
 #pragma once
 
 #include "sum_rows.h"
@@ -77,7 +77,6 @@ struct Runs {
 
   int64_t blocks() const { return static_cast<int64_t>(segments) * runs * tiles; }
   int rows() const { return segments * runs; }
-  bool is_empty() const { return pixels == 0 || segments == 0; }
 
   // As many runs as keep a GPU busy, but of no fewer than a few pixels a thread.
   static Runs of(int64_t pixels, int64_t channels, int vector, int64_t segments = 1) {

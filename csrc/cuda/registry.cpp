@@ -7,8 +7,8 @@
 
 #include <torch/headeronly/version.h>
 
-#if !defined(FASTCONV_ARCHITECTURES) || !defined(FASTCONV_NVCC)
-#error "setup.py passes what nvcc compiled for as FASTCONV_ARCHITECTURES, and its version as FASTCONV_NVCC"
+#if !defined(FASTCONV_ARCHITECTURES) || !defined(FASTCONV_CUDA) || !defined(FASTCONV_SCHEMAS)
+#error "setup.py passes what nvcc compiled for as FASTCONV_ARCHITECTURES, torch's CUDA as FASTCONV_CUDA, FASTCONV_SCHEMAS"
 #endif
 
 STABLE_TORCH_LIBRARY_IMPL(fastconv_native, CUDA, m) {
@@ -20,11 +20,12 @@ namespace {
 
 PyObject* build_info(PyObject*, PyObject*) {
   return Py_BuildValue(
-      "{s:s,s:s,s:s}", "compiler", "nvcc " FASTCONV_NVCC, "architectures", FASTCONV_ARCHITECTURES, "torch", TORCH_VERSION);
+      "{s:s,s:s,s:s,s:s}", "architectures", FASTCONV_ARCHITECTURES, "cuda", FASTCONV_CUDA, "torch", TORCH_VERSION, "schemas",
+      FASTCONV_SCHEMAS);
 }
 
 PyMethodDef methods[] = {
-    {"build_info", build_info, METH_NOARGS, "How this library was built: compiler, architectures, torch (the headers' version)."},
+    {"build_info", build_info, METH_NOARGS, "How this library was built: architectures, CUDA, torch (the headers' version), schemas (of the operators, a digest)."},
     {nullptr, nullptr, 0, nullptr}};
 
 PyModuleDef module = {

@@ -20,18 +20,25 @@ class Call {
   explicit Call(const Tensor&) {}
   ~Call() { emu::forbid_all(); }
   Stream stream() const { return nullptr; }
+  void check_device(const Tensor&) const {}
 #else
-  explicit Call(const Tensor& tensor) : guard_(tensor.get_device_index()) {
+  explicit Call(const Tensor& tensor) : guard_(tensor.get_device_index()), device_(tensor.get_device_index()) {
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
     stream_ = static_cast<Stream>(stream);
   }
   Stream stream() const { return stream_; }
+  // A kernel that reads memory of another device ends all further work of the process on its own.
+  void check_device(const Tensor& tensor) const {
+    STD_TORCH_CHECK(
+        tensor.is_cuda() && tensor.get_device_index() == device_, "fastconv_native: tensors must be on one CUDA device");
+  }
 #endif
   Call(const Call&) = delete;
 
   template <class T = void>
   const T* read(const Tensor& tensor) const {
+    check_device(tensor);
 #ifdef FASTCONV_EMULATED
     emu::allow(tensor.const_data_ptr(), tensor.numel() * tensor.element_size(), false);
 #endif
@@ -43,6 +50,7 @@ class Call {
   }
   // Of tensors of one dimension that need not be dense.
   const void* read_strided(const Tensor& tensor) const {
+    check_device(tensor);
 #ifdef FASTCONV_EMULATED
     emu::allow(tensor.const_data_ptr(), strided_bytes(tensor), false);
 #endif
@@ -50,6 +58,7 @@ class Call {
   }
   template <class T>
   T* write_strided(const Tensor& tensor) const {
+    check_device(tensor);
 #ifdef FASTCONV_EMULATED
     emu::allow(tensor.const_data_ptr(), strided_bytes(tensor), true);
 #endif
@@ -57,6 +66,7 @@ class Call {
   }
   template <class T = void>
   T* write(const Tensor& tensor) const {
+    check_device(tensor);
 #ifdef FASTCONV_EMULATED
     emu::allow(tensor.const_data_ptr(), tensor.numel() * tensor.element_size(), true);
 #endif
@@ -74,6 +84,7 @@ class Call {
   }
 #else
   torch::stable::accelerator::DeviceGuard guard_;
+  int32_t device_;
   Stream stream_;
 #endif
 };

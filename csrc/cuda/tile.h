@@ -1,7 +1,7 @@
 // The one engine behind every convolution: a block's product C[row, column] = Σ_k A[row, k] · B[column, k].
 //
 // Operands pass through shared memory in stages of 64 bytes of k. What A and B are is said by their sources (operands.h),
-// which fill a stage; what becomes of C by who calls `multiply_tiles` (conv.h, conv_wgrad.cu).
+// which fill a stage; what becomes of C by who calls `multiply_tiles` (conv.h, conv_wgrad.h).
 #pragma once
 
 #include "device.h"

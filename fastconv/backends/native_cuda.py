@@ -7,6 +7,8 @@ Groups of few channels would leave tiles of products nearly empty: kernels of th
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from fastconv.backends.native_library import dense, empty, kernel
@@ -16,13 +18,16 @@ from fastconv.precision import Policy
 
 tile = 0  # 0 leaves it to sizes what serves; tests also ask for products by small tiles (1) and by large ones (2)
 
-_MOST_PIXELS = 2**31 - 2**16  # which the kernels number in 32 bits
+_MOST = 2**31 - 2**16  # that the kernels number in 32 bits, and reckon a little beyond
 
 
 def too_large(g: ConvGeometry | PoolGeometry) -> str | None:
     """Why the kernels cannot serve a geometry; None where they can. Elements they number in 64 bits."""
     pixels = g.batch * max(g.height * g.width, g.out_height * g.out_width)
-    return None if pixels < _MOST_PIXELS else f"its kernels number pixels in 32 bits, got a map of {pixels}"
+    if pixels >= _MOST:
+        return f"its kernels number pixels in 32 bits, got a map of {pixels}"
+    elements = math.prod(g.weight_shape) if isinstance(g, ConvGeometry) else 0
+    return f"its kernels number a weight's elements in 32 bits, got {elements}" if elements >= _MOST else None
 
 
 def conv2d(
@@ -83,7 +88,7 @@ def conv2d_input_grad(grad: Tensor, weight: Tensor, g: ConvGeometry, policy: Pol
 
 
 def conv2d_weight_grad(grad: Tensor, x: Tensor, g: ConvGeometry, policy: Policy) -> Tensor:
-    """Sums over pixels in an order that sizes decide: the same bits on every GPU."""
+    """Sums over pixels in an order that sizes and alignment decide: the same bits on every GPU."""
     weight_grad = empty(grad, g.weight_shape)
     operands = (dense(grad), dense(x), weight_grad)
     kernel("cuda_conv2d_weight_grad")(*operands, g.stride, g.padding, g.dilation, g.groups, policy.tf32, tile)

@@ -19,7 +19,6 @@ _INSTALL = {
     _CPU: f"install torch and a C++ compiler, then run `{_COMMAND}",
     _CUDA: f"install a torch built for CUDA and nvcc, then run `FASTCONV_BUILD=cuda {_COMMAND}",
 }
-_LEAST_CAPABILITY = (8, 0)
 
 
 def unavailable() -> str | None:
@@ -41,28 +40,44 @@ def library() -> ModuleType:
 
 
 def unavailable_cuda() -> str | None:
-    """Why the compiled CUDA library cannot serve the current CUDA device; None where it can."""
+    """Why the compiled CUDA library cannot serve CUDA tensors; None where it can, on every device that torch sees."""
     library = unavailable() or cuda_library()
     if isinstance(library, str):
         return library
     if not torch.cuda.is_available():
         return "torch sees no CUDA device"
-    return _too_old(torch.cuda.current_device())
+    return _without_code(library.build_info()["architectures"])
 
 
 @cache
-def _too_old(device: int) -> str | None:
-    """Its kernels need cp.async, and tensor cores that know bfloat16 and TF32."""
-    capability = torch.cuda.get_device_capability(device)
-    if capability >= _LEAST_CAPABILITY:
-        return None
-    major, minor = capability
-    return f"its CUDA kernels need compute capability 8.0, {torch.cuda.get_device_name(device)} has {major}.{minor}"
+def _without_code(architectures: str) -> str | None:
+    """Why one of the devices cannot run what was built for `architectures`."""
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not any(runs_on(built, capability) for built in architectures.split(";")):
+            name = f"{torch.cuda.get_device_name(index)} (compute capability {capability[0]}.{capability[1]})"
+            return f"its CUDA kernels were built for {architectures}, not for {name}: TORCH_CUDA_ARCH_LIST chooses"
+    return None
 
 
+def runs_on(built: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for '8.0', '9.0a' or '10.0+PTX' runs on a device: of its generation or, by PTX, of a later one."""
+    number, _, ptx = built.partition("+")
+    own = tuple(map(int, number.rstrip("af").split(".")))
+    if number.endswith("a"):
+        return own == capability
+    return own <= capability and (own[0] == capability[0] or (ptx == "PTX" and not number.endswith("f")))
+
+
+@cache
 def cuda_library() -> ModuleType | str:
     """The compiled CUDA library, its `build_info()`; or why it is not there."""
-    return _load(_CUDA)
+    library, schemas = _load(_CUDA), _load(_CPU)
+    if isinstance(library, str) or isinstance(schemas, str):
+        return library
+    if library.build_info()["schemas"] != schemas.build_info()["schemas"]:
+        return f"the compiled libraries were built from different sources: {_INSTALL[_CUDA]}"
+    return library
 
 
 @cache
@@ -72,7 +87,7 @@ def _load(name: str) -> ModuleType | str:
     except ModuleNotFoundError:
         return f"the compiled library is not installed ({name} is missing): {_INSTALL[name]}"
     except ImportError as error:
-        reason = f"the compiled library {name} does not load ({error}): it was built for another torch or Python"
+        reason = f"the compiled library {name} does not load ({error}): it was built for another torch, CUDA or Python"
         return f"{reason}; {_INSTALL[name]}"
 
 

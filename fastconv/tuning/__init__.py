@@ -112,7 +112,7 @@ def _modelled(call: Call, allowed: tuple[Candidate, ...]) -> Choice:
 
 
 def _native_behind(order: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
-    """Of a GPU: native kernels, which no table has timed, stand in for Triton's where those cannot serve, and for no others.
+    """Of a GPU: native kernels, until a table has timed them, stand in for Triton's where those cannot serve.
 
     They come behind the Triton candidates that are faster than aten, and before aten where the model has them faster too.
     """

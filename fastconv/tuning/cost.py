@@ -75,7 +75,8 @@ _NAMED: dict[str, dict[str, Any]] = {
 _SHARE_CP_ASYNC = {80: 0.8, 90: 0.55, 120: 0.8}
 _SHARE_DESCRIPTORS = 0.8
 _SHARE_ATEN, _SHARE_ATEN_WEIGHT_GRAD = 0.85, 0.7
-_DIRECT_CHANNELS = 8  # of a group, up to which the native backend's direct kernels serve
+# Of a group, and of its taps and channels: up to which the native backend's direct kernels serve (csrc/cuda/conv_direct.h).
+_DIRECT_CHANNELS, _DIRECT_DEPTH = 8, 2000
 _LARGEST_TILE = (128, 256)  # whose accumulators fill a processor's registers by half
 # Without tensor cores every product needs its operands in registers: half of the instructions are no products.
 _SHARE_SINGLE = 0.5
@@ -285,7 +286,8 @@ def _native(call: _Call) -> float:
     Groups of few channels go through direct kernels, which CUDA cores and the memory bound.
     """
     g = call.g
-    if g.groups > 1 and max(g.group_in_channels, g.group_out_channels) <= _DIRECT_CHANNELS:
+    most = max(g.group_in_channels, g.group_out_channels)
+    if g.groups > 1 and most <= _DIRECT_CHANNELS and g.taps * most <= _DIRECT_DEPTH:
         computing = g.flops() / (call.chip.single * _SHARE_DIRECT)
         return 2 * _LAUNCH + max(computing, _moved(call) / (call.chip.memory * _SHARE_DIRECT_MEMORY))
     step = 64 // call.itemsize
