@@ -1,5 +1,7 @@
 #include "machine.h"
 
+#include "fiber.h"
+
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -7,65 +9,12 @@
 #include <map>
 #include <stdexcept>
 
-#ifndef __x86_64__
-#include <ucontext.h>
-#endif
-
 namespace emu {
 
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10, kGuardBytes = 4096;
 constexpr size_t kMostSharedBytes = 99 << 10;  // of sm_86 and sm_89; others have more
 constexpr int kWarp = 32;
-
-// ---- fibers: only registers that a call must preserve are kept
-
-#ifdef __x86_64__
-using Context = void*;  // the stack pointer, below it the registers
-
-extern "C" void emu_switch(Context* from, Context to);
-asm(R"(
-.text
-.local emu_switch
-.type emu_switch, @function
-emu_switch:
-  pushq %rbp
-  pushq %rbx
-  pushq %r12
-  pushq %r13
-  pushq %r14
-  pushq %r15
-  movq %rsp, (%rdi)
-  movq %rsi, %rsp
-  popq %r15
-  popq %r14
-  popq %r13
-  popq %r12
-  popq %rbx
-  popq %rbp
-  ret
-.size emu_switch, . - emu_switch
-)");
-
-void prepare(Context& context, uint8_t* stack, void (*entry)()) {
-  void** top = reinterpret_cast<void**>(stack + kStackBytes) - 2;  // the stack as behind a call
-  top[0] = reinterpret_cast<void*>(entry);
-  top[1] = nullptr;
-  context = top - 6;
-}
-void switch_context(Context& from, Context& to) { emu_switch(&from, to); }
-#else
-using Context = ucontext_t;
-
-void prepare(Context& context, uint8_t* stack, void (*entry)()) {
-  getcontext(&context);
-  context.uc_stack.ss_sp = stack;
-  context.uc_stack.ss_size = kStackBytes;
-  makecontext(&context, entry, 0);
-}
-void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
-#endif
 
 enum class State : uint8_t { kReady, kInWarp, kAtBarrier, kDone };
 
