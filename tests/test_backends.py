@@ -13,7 +13,7 @@ import torch
 import fastconv
 import fastconv.functional as FC
 from fastconv import backends, tuning
-from fastconv.backends import native_library
+from fastconv.backends import native, native_cuda, native_library
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy, policy
 
@@ -107,6 +107,27 @@ def test_libraries_of_different_sources_are_refused(monkeypatch: pytest.MonkeyPa
     assert "built from different sources" in str(cuda_library())
     libraries["fastconv._cuda"] = library("new")
     assert cuda_library() is libraries["fastconv._cuda"]
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+def test_what_the_native_backend_supports() -> None:
+    assert native.supports("conv2d", "forward", G, Policy(torch.float32), "cpu") is None
+    assert "xpu" in str(native.supports("conv2d", "forward", G, Policy(torch.float32), "xpu"))
+    assert "float64" in str(native.supports("conv2d", "forward", G, Policy(torch.float64), "cpu"))
+    info = native.library().build_info()
+    assert isinstance(info["amx"], bool)
+    assert "-ffp-contract=off" in info["flags"] and info["torch"].startswith("2.") and info["compiler"]
+
+
+@pytest.mark.parametrize(
+    "shape, weight",
+    [((2**15, 1, 300, 300), (8, 1, 3, 3)), ((1, 2**15, 8, 8), (2**13, 2**15, 3, 3))],
+    ids=["pixels", "weight"],
+)
+def test_what_cuda_kernels_cannot_number(shape: tuple[int, ...], weight: tuple[int, ...]) -> None:
+    g = ConvGeometry.of("conv2d", shape, weight, None, (1, 1), (1, 1), (1, 1), 1)
+    assert "in 32 bits, got" in str(native_cuda.too_large(g))
+    assert native_cuda.too_large(G) is None
 
 
 def geometry_of_a_pool(shape: tuple[int, ...]) -> PoolGeometry:

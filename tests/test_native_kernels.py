@@ -14,7 +14,7 @@ import torch
 from tolerances import assert_close
 from torch import Tensor
 
-from fastconv.backends import aten, native, native_norm
+from fastconv.backends import aten, native, native_library, native_norm
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import Policy
 
@@ -376,24 +376,9 @@ def test_instruction_sets_agree() -> None:
     assert len(set(outputs.values())) == 1, f"differ: {', '.join(outputs)}"
 
 
-@pytest.mark.cpu_kernels
-def test_supports() -> None:
-    g = conv_of("3x3")
-    assert native.supports("conv2d", "forward", g, Policy(torch.float32), "cpu") is None
-    assert "cuda" in str(native.supports("conv2d", "forward", g, Policy(torch.float32), "cuda"))
-    assert "float64" in str(native.supports("conv2d", "forward", g, Policy(torch.float64), "cpu"))
-
-
-@pytest.mark.cpu_kernels
-def test_build_info() -> None:
-    info = native.library().build_info()
-    assert isinstance(info["amx"], bool)
-    assert "-ffp-contract=off" in info["flags"] and info["torch"].startswith("2.") and info["compiler"]
-
-
 def test_kernels_refuse_other_layouts() -> None:
     """A tensor that a kernel would read out of bounds is an error, whoever hands it over."""
-    kernels = torch.ops.fastconv_native
+    kernels = getattr(torch.ops, native_library.namespace)
     dense = random((2, 4, 6, 6), torch.float32)
     with pytest.raises(RuntimeError, match="dense in channels_last"):
         kernels.relu_backward(dense.contiguous(), dense, torch.empty_like(dense), None)
