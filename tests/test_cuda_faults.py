@@ -12,6 +12,7 @@ from cases import ConvCase
 from emu import build, faults
 from test_cuda_emulated import POLICIES, SCHEDULES, WIDE, Operands, assert_equal, operands, results, shifted
 from test_native_kernels import few_values
+from tolerances import assert_close
 from torch import Tensor
 
 from fastconv.backends import aten, native, native_cuda, native_norm
@@ -101,11 +102,11 @@ def check_pools(x: Tensor) -> None:
             assert_equal(actual, expected, "max_pool2d_backward")
         for count_include_pad in (False, True):
             settings = (pool, count_include_pad, None)
-            tolerance = {"rtol": torch.finfo(x.dtype).eps, "atol": 1e-6, "check_dtype": False}
-            averages = native.avg_pool2d(integers, *settings), aten.avg_pool2d(integers.double(), *settings)
-            torch.testing.assert_close(*averages, **tolerance)
-            spread = (b.avg_pool2d_backward(g, *settings) for b, g in ((native, output), (aten, output.double())))
-            torch.testing.assert_close(*spread, **tolerance)
+            expected = aten.avg_pool2d(integers.double(), *settings)
+            assert_close(native.avg_pool2d(integers, *settings), expected, x.dtype, pool.positions, "avg_pool2d")
+            expected = aten.avg_pool2d_backward(output.double(), *settings)
+            actual = native.avg_pool2d_backward(output, *settings)
+            assert_close(actual, expected, x.dtype, pool.positions, "avg_pool2d_backward")
     masked, bias = native.relu_backward(integers, x, True)
     for actual, expected in zip((masked, bias), aten.relu_backward(integers.double(), x.double(), True), strict=True):
         assert actual is not None and expected is not None
@@ -115,14 +116,16 @@ def check_pools(x: Tensor) -> None:
 def check_norm(x: Tensor) -> None:
     statistics = native_norm._batch_statistics(x)
     var, mean = torch.var_mean(x.double(), (0, 2, 3), correction=0)
-    tolerance = {"rtol": 1e-5, "atol": 1e-5, "check_dtype": False}
-    torch.testing.assert_close(statistics, (mean, var), **tolerance)
+    count = x.numel() // x.shape[1]
+    for actual, expected in zip(statistics, (mean, var), strict=True):
+        assert_close(actual, expected, torch.float32, count, "statistics", scale=1)
     grad = torch.randint(-3, 4, x.shape).to(x.dtype).contiguous(memory_format=torch.channels_last)
     saved = (None, 1e-3, True, None, True, False)
     got = native.batch_norm_relu_backward(grad, x, x, statistics, *saved)
     want = aten.batch_norm_relu_backward(grad.double(), x.double(), x.double(), (mean, var), *saved)
-    coarse = tolerance | {"rtol": 2.0**-7 if x.dtype == torch.bfloat16 else 1e-4, "atol": 1e-3}
-    torch.testing.assert_close(got[:2], want[:2], **coarse)
+    assert got[0] is not None and want[0] is not None and got[1] is not None and want[1] is not None
+    assert_close(got[0], want[0], x.dtype, count, "input gradient")
+    assert_close(got[1], want[1], torch.float32, count, "sums", scale=count**0.5)
 
 
 def check_direct(machine: build.Machine) -> None:

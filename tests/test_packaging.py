@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from emu import device_code
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,11 +27,7 @@ TORCH, CUDA_TORCH = torch_for(None), torch_for("13.0")
 
 @pytest.fixture
 def setup_py() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fastconv_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return device_code.SETUP
 
 
 @pytest.fixture

@@ -9,21 +9,16 @@ namespace fastconv {
 
 namespace {
 
-template <class Math>
-struct By {
-  using Type = Math;
-};
-
-// body(By<Math>) for how elements of `dtype` are multiplied.
+// body(Type<Math>) for how elements of `dtype` are multiplied.
 template <class Body>
 void by_math(ScalarType dtype, bool tf32, const Body& body) {
   switch (dtype) {
     case ScalarType::BFloat16:
-      return body(By<Bf16>{});
+      return body(Type<Bf16>{});
     case ScalarType::Half:
-      return body(By<F16>{});
+      return body(Type<F16>{});
     case ScalarType::Float:
-      return tf32 ? body(By<Tf32>{}) : body(By<Ieee>{});
+      return tf32 ? body(Type<Tf32>{}) : body(Type<Ieee>{});
     default:
       STD_TORCH_CHECK(false, "fastconv_native: dtype must be float32, bfloat16 or float16");
   }
@@ -120,7 +115,7 @@ void cuda_conv2d(
   if (tile == 0 && is_direct(p)) return launch_direct(call.stream(), dtype, route, p);
   const bool vector = is_vector(sizes, x.element_size(), {p.x, p.weight});
   by_math(dtype, tf32, [&](auto math) {
-    launch_conv<typename decltype(math)::Type>(call.stream(), route, p, vector, to_tile(tile));
+    launch_conv<typename decltype(math)::T>(call.stream(), route, p, vector, to_tile(tile));
   });
 }
 
@@ -148,7 +143,7 @@ void cuda_conv2d_input_grad(
   if (tile == 0 && is_direct(p)) return launch_direct(call.stream(), dtype, Route::kInputGrad, p);
   const bool vector = is_vector(sizes, grad.element_size(), {p.x, p.weight});
   by_math(dtype, tf32, [&](auto math) {
-    launch_conv<typename decltype(math)::Type>(call.stream(), Route::kInputGrad, p, vector, to_tile(tile));
+    launch_conv<typename decltype(math)::T>(call.stream(), Route::kInputGrad, p, vector, to_tile(tile));
   });
 }
 
@@ -183,7 +178,7 @@ void cuda_conv2d_weight_grad(
   }
   const bool vector = is_vector(sizes, grad.element_size(), {p.x, p.grad});
   by_math(dtype, tf32, [&](auto math) {
-    using Math = typename decltype(math)::Type;
+    using Math = typename decltype(math)::T;
     using T = typename Math::Element;
     const int splits = weight_grad_splits<Math>(p, vector, to_tile(tile));
     const Tensor sums = scratch(grad, {splits, sizes.weight.numel()});

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from emu.device_code import TARGET_VERSION
 from fastconv import tuning
 from fastconv.backends import native_library
 
@@ -27,7 +28,6 @@ COMPILER = os.environ.get("CXX", "g++")
 
 # Products are fused into sums where the source says so: by fmaf.
 _FLAGS = ("-std=c++20", "-O1", "-g0", "-fPIC", "-ffp-contract=off", "-Wall", "-Werror", "-Wno-unknown-pragmas")
-TARGET_VERSION = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 _DEFINED = ("-DFASTCONV_EMULATED", TARGET_VERSION)
 COUNTS = (
     "launches",

@@ -6,15 +6,16 @@ Run as a script, it writes the table of docs/cuda.md: `python tests/emu/device_c
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -23,8 +24,20 @@ ROOT = Path(__file__).parents[2]
 CUDA = ROOT / "csrc" / "cuda"
 BUILD = ROOT / "build" / "nvcc"
 CAPABILITIES = (80, 90)
-FLAGS = ("-std=c++20", "-O3", "-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-Xcompiler", "-fPIC")
-MOST_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10}  # that a block can have
+
+
+def _setup() -> ModuleType:
+    """setup.py, which knows how the libraries are built."""
+    spec = importlib.util.spec_from_file_location("fastconv_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+SETUP = _setup()
+TARGET_VERSION = f"-DTORCH_TARGET_VERSION={SETUP.TORCH_TARGET_VERSION}"
+FLAGS = ("-std=c++20", *SETUP.NVCC_FLAGS, TARGET_VERSION, "-Xcompiler", "-fPIC")
 
 # Of instructions, by what they do: products, fragments from shared memory, copies of 16 bytes to it, stores of 16 bytes.
 _INSTRUCTIONS = {
@@ -54,7 +67,8 @@ def unavailable() -> str | None:
 
 
 def nvcc() -> str | None:
-    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    found: str | None = SETUP.find_nvcc()
+    return found
 
 
 def version() -> str | None:

@@ -16,7 +16,7 @@ from emu import build, device_code, ptx
 
 TRANSLATED = build.BUILD / "ptx"
 # As setup.py builds, for the least architecture it builds for.
-_FLAGS = ("-std=c++20", "-O3", "-arch=compute_80", "-DUSE_CUDA", build.TARGET_VERSION, "-ptx")
+_FLAGS = (*device_code.FLAGS, "-arch=compute_80", "-ptx")
 # A translation is long and runs for a moment: what costs time is compiling it.
 _CPP_FLAGS = ("-O0", "-w", "-fno-strict-aliasing", "-fwrapv")
 
