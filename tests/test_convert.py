@@ -186,8 +186,8 @@ def test_shared_layers_are_left_alone() -> None:
     converted = convert(model)
     assert type(converted[0]) is nn.Conv2d
     assert converted[0] is converted.tap
-    assert type(converted[1]) is nn.ReLU
-    assert type(converted[2]) is fast.Conv2d
+    assert type(converted[1]) is nn.ReLU, "what comes before it stays"
+    assert _kinds(converted)[2:4] == [fast.ConvReLU2d, nn.Identity], "a ReLU holds nothing that is shared"
 
 
 def test_a_layer_used_twice_still_parts_its_neighbours() -> None:

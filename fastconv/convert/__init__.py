@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastconv.convert.chains import convert
 from fastconv.convert.freeze import freeze
+from fastconv.convert.swap import convert
 
 __all__ = ["convert", "freeze"]

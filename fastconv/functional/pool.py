@@ -90,7 +90,11 @@ def avg_pool2d(
     geometry.check_bool(op, "count_include_pad", count_include_pad)
     divisor_override = geometry.check_divisor(op, divisor_override)
     x, batched = batched_input(op, input)
-    output = autograd.call("avg_pool2d", x, args, count_include_pad, divisor_override, backends.requested())
+    plain = args.padding == (0, 0) and divisor_override is None and not torch.compiler.is_compiling()
+    if plain and tuple(x.shape[2:]) == args.kernel_size:
+        output = autograd.call("global_avg_pool2d", x, backends.requested())
+    else:
+        output = autograd.call("avg_pool2d", x, args, count_include_pad, divisor_override, backends.requested())
     return output if batched else output.squeeze(0)
 
 

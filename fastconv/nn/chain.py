@@ -10,11 +10,18 @@ from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
 from fastconv import functional
-from fastconv.nn.conv import ConvReLU2d, ConvReLUMaxPool2d
+from fastconv.nn.conv import Conv2d, ConvReLU2d, ConvReLUMaxPool2d
+from fastconv.nn.fused import folded_conv, folded_parameters, relu_and_pool
+from fastconv.nn.norm import BatchNormReLU2d, BatchNormReLUMaxPool2d
+from fastconv.nn.plain import is_nothing_but
 
 
 class ConvChain(torch.nn.Sequential):
     """`torch.nn.Sequential` whose neighbouring ConvReLU2d and ConvReLUMaxPool2d run as one `functional.conv_chain`.
+
+    A Conv2d and the batch normalisation behind it, with or without ReLU and pool, run as one convolution in evaluation mode
+    where nothing requires a gradient, the norm folded into its weight at each call; `fold_batch_norm = False` keeps them
+    apart.
 
     Same constructor, keys, slices and results. Identities between two layers do not part them. A member is run by itself,
     with everything that its call implies, where it is of another class (a subclass or parametrized layer included), has
@@ -31,54 +38,53 @@ class ConvChain(torch.nn.Sequential):
             input = module(input)
     """
 
+    fold_batch_norm = True
+
     def forward(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or _has_any_global_hook():
             return cast(Tensor, super().forward(input))
         for part in self.parts(self):
             if len(part) == 1:
                 input = part[0](input)
+            elif isinstance(part[1], torch.nn.BatchNorm2d):
+                input = self._normalised(input, part[0], part[1])
             else:
                 input = functional.conv_chain(input, [cast(_Chainable, layer).layer() for layer in part])
         return input
 
+    def _normalised(self, input: Tensor, conv: torch.nn.Module, norm: torch.nn.BatchNorm2d) -> Tensor:
+        folded = folded_parameters(input, conv, norm) if self.fold_batch_norm else None
+        if folded is None:
+            return cast(Tensor, norm(conv(input)))
+        return folded_conv(input, cast(Conv2d, conv), *folded, *relu_and_pool(norm))
+
     @staticmethod
     def parts(modules: Iterable[torch.nn.Module]) -> Iterator[list[torch.nn.Module]]:
-        """`modules` as a ConvChain runs them: lists of the layers of a chain, and of one module that runs by itself."""
-        layers: list[torch.nn.Module] = []
+        """`modules` as a ConvChain runs them: the layers of a chain, a convolution and its norm, or one module by itself."""
+        layers: list[torch.nn.Module] = []  # of a chain, or a Conv2d that waits for its norm
         for module in modules:
-            if isinstance(module, torch.nn.Identity) and _is_nothing_but(module, torch.nn.Identity):
+            if isinstance(module, torch.nn.Identity) and is_nothing_but(module, torch.nn.Identity):
                 continue
-            if _is_chainable(module):
-                layers.append(module)
+            waiting = bool(layers) and type(layers[-1]) is Conv2d
+            if waiting and is_nothing_but(module, *_NORMS):
+                yield [*layers, module]
+                layers = []
                 continue
-            if layers:
+            chainable = _is_chainable(module)
+            if layers and (waiting or not chainable):
                 yield layers
-            yield [module]
-            layers = []
+                layers = []
+            if chainable or is_nothing_but(module, Conv2d):
+                layers.append(module)
+            else:
+                yield [module]
         if layers:
             yield layers
 
 
 _Chainable = ConvReLU2d | ConvReLUMaxPool2d
-# As the classes define them: a forward that is patched onto a class is found by the difference.
-_FORWARDS: dict[type[torch.nn.Module], object] = {
-    kind: kind.forward for kind in (torch.nn.Identity, ConvReLU2d, ConvReLUMaxPool2d)
-}
+_NORMS = (torch.nn.BatchNorm2d, BatchNormReLU2d, BatchNormReLUMaxPool2d)
 
 
 def _is_chainable(module: torch.nn.Module) -> bool:
-    return _is_nothing_but(module, ConvReLU2d, ConvReLUMaxPool2d) and module.padding_mode == "zeros"
-
-
-def _is_nothing_but(module: torch.nn.Module, *kinds: type[torch.nn.Module]) -> bool:
-    """Whether calling `module`, of exactly one of `kinds`, runs the forward of its class and nothing else."""
-    kind = type(module)
-    return kind in kinds and not (
-        kind.forward is not _FORWARDS[kind]
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or module._compiled_call_impl is not None
-        or "forward" in module.__dict__
-    )
+    return is_nothing_but(module, ConvReLU2d, ConvReLUMaxPool2d) and module.padding_mode == "zeros"

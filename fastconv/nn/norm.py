@@ -13,6 +13,28 @@ from fastconv.nn.conv import IntPair
 _B = TypeVar("_B", bound="BatchNormReLU2d")
 
 
+def arguments(norm: torch.nn.BatchNorm2d, input: Tensor) -> tuple[Any, ...]:
+    """What torch.nn.BatchNorm2d hands to batch_norm."""
+    norm._check_input_dim(input)
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    tracking = norm.training and norm.track_running_stats
+    if tracking and norm.num_batches_tracked is not None and norm.momentum is None:  # the cumulative average
+        momentum = 1.0 / (float(norm.num_batches_tracked) + 1.0)
+    statistics = (norm.running_mean, norm.running_var) if tracking or not norm.training else (None, None)
+    return input, *statistics, norm.weight, norm.bias, uses_batch(norm), momentum, norm.eps
+
+
+def uses_batch(norm: torch.nn.BatchNorm2d) -> bool:
+    """Whether it normalises by the statistics of the batch."""
+    return norm.training or (norm.running_mean is None and norm.running_var is None)
+
+
+def count(norm: torch.nn.BatchNorm2d) -> None:
+    """Count the batch, once the statistics are updated: a call that raises, or that a checkpoint stops, does neither."""
+    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+
+
 class BatchNormReLU2d(torch.nn.BatchNorm2d):
     """Batch normalisation, optional residual and ReLU in one pass; constructor and keys of `torch.nn.BatchNorm2d`.
 
@@ -41,25 +63,9 @@ class BatchNormReLU2d(torch.nn.BatchNorm2d):
         return made.train(module.training)
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        output = functional.batch_norm_relu(*self._arguments(input), residual=residual)
-        self._count()
+        output = functional.batch_norm_relu(*arguments(self, input), residual=residual)
+        count(self)
         return output
-
-    def _arguments(self, input: Tensor) -> tuple[Any, ...]:
-        """What torch.nn.BatchNorm2d hands to batch_norm."""
-        self._check_input_dim(input)
-        momentum = 0.0 if self.momentum is None else self.momentum
-        tracking = self.training and self.track_running_stats
-        if tracking and self.num_batches_tracked is not None and self.momentum is None:  # the cumulative average
-            momentum = 1.0 / (float(self.num_batches_tracked) + 1.0)
-        training = self.training or (self.running_mean is None and self.running_var is None)
-        statistics = (self.running_mean, self.running_var) if tracking or not self.training else (None, None)
-        return input, *statistics, self.weight, self.bias, training, momentum, self.eps
-
-    def _count(self) -> None:
-        """Count the batch, once the statistics are updated: a call that raises, or that a checkpoint stops, does neither."""
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
 
 
 class BatchNormReLUMaxPool2d(BatchNormReLU2d):
@@ -105,7 +111,7 @@ class BatchNormReLUMaxPool2d(BatchNormReLU2d):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         output = functional.batch_norm_relu_max_pool2d(
-            *self._arguments(input),
+            *arguments(self, input),
             residual=residual,
             pool_kernel_size=self.pool_kernel_size,
             pool_stride=self.pool_stride,
@@ -113,7 +119,7 @@ class BatchNormReLUMaxPool2d(BatchNormReLU2d):
             pool_dilation=self.pool_dilation,
             pool_ceil_mode=self.pool_ceil_mode,
         )
-        self._count()
+        count(self)
         return output
 
     def extra_repr(self) -> str:

@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastconv import functional
+from fastconv import functional, geometry
 
 
 class MaxPool2d(torch.nn.MaxPool2d):
@@ -92,3 +92,15 @@ class GlobalAvgPool2d(torch.nn.AdaptiveAvgPool2d):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.global_avg_pool2d(input)
+
+
+def spatial_mean(input: Tensor, dim: tuple[int, int], keepdim: bool = False) -> Tensor:
+    """`input.mean(dim, keepdim)` for the two dimensions of a map, by the kernel of global_avg_pool2d where there is one.
+
+    Shapes:
+        input [N, C, H, W]; output [N, C], with keepdim [N, C, 1, 1]. Inputs of other dimensions go to torch.
+    """
+    if input.dim() != 4 or input.dtype not in geometry.DTYPES:
+        return input.mean(dim, keepdim)
+    output = functional.global_avg_pool2d(input)
+    return output if keepdim else output.flatten(1)
