@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fastconv.convert.freeze import freeze
-from fastconv.convert.swap import convert
+from fastconv.convert.report import Layer
+from fastconv.convert.restore import restore
+from fastconv.convert.swap import convert, convert_with_report
 
-__all__ = ["convert", "freeze"]
+__all__ = ["Layer", "convert", "convert_with_report", "freeze", "restore"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections import Counter
@@ -19,9 +18,11 @@ from fastconv import nn as fast
 from fastconv.convert.chains import fuse_chains, make_chain
 from fastconv.convert.layers import runs_in_order, swapped, why_not
 from fastconv.convert.match import Group, Matcher, swaps
+from fastconv.convert.report import Layer, after, before
 from fastconv.convert.restore import unwrite
 from fastconv.convert.rewrite import Program, Rewriting, Rewritten, calls_view, plain_class, subclass, write
 from fastconv.convert.trace import Traced, Untraceable, required, trace
+from fastconv.convert.trees import copy_modules
 
 _Programs = tuple[Program | None, Program | None]
 
@@ -91,6 +92,26 @@ def convert(
         >>> [type(layer).__name__ for layer in convert(net)]
         ['ConvReLUMaxPool2d', 'Identity', 'Identity']
     """
+    return convert_with_report(
+        model,
+        inplace=inplace,
+        memory_format=memory_format,
+        fuse=fuse,
+        fold_batch_norm=fold_batch_norm,
+        example_inputs=example_inputs,
+    )[0]
+
+
+def convert_with_report(
+    model: nn.Module,
+    *,
+    inplace: bool = False,
+    memory_format: torch.memory_format | None = torch.channels_last,
+    fuse: bool = True,
+    fold_batch_norm: bool = True,
+    example_inputs: Any = None,
+) -> tuple[nn.Module, list[Layer]]:
+    """`convert`, and what became of each layer."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"convert: model must be a torch.nn.Module, got {type(model).__name__}")
     if memory_format is not None and memory_format not in _FORMATS:
@@ -106,9 +127,11 @@ def convert(
             _lay_out(converted, memory_format)
         if example_inputs is not None:
             _compare(_run(converted, example_inputs), expected)
-    if not any(type(module).__module__.startswith("fastconv.") for module in converted.modules()):
-        warnings.warn("convert: nothing to swap in this model; fastconv.explain says why", stacklevel=2)
-    return converted
+        report = conversion.report(converted)
+    if all(layer.done == "left" for layer in report):
+        why = "; ".join(sorted({f"{layer.kind}: {layer.detail}" for layer in report})) or "no convolution, norm or pool"
+        warnings.warn(f"convert: nothing to swap in this model ({why})", stacklevel=3)
+    return converted, report
 
 
 class Conversion:
@@ -126,6 +149,7 @@ class Conversion:
         self.shared = {identity for identity, count in uses.items() if count > 1}
         self.sketch = _sketch(model) if fuse else None  # to be traced, which may change it
         self.reasons: dict[str, str] = {}
+        self._found = before(model, self.shared)
         self._claimed: set[int] = set()  # Sequentials whose members a forward above them calls
 
     def run(self) -> nn.Module:
@@ -141,6 +165,9 @@ class Conversion:
             if self.fuse and not claimed and not rewritten:
                 make_chain(module, self.fold)
         return swapped(self.model, self.shared)
+
+    def report(self, converted: nn.Module) -> list[Layer]:
+        return list(after(converted, self._found, self.reasons))
 
     def _rewrite(self, path: str, module: nn.Module) -> bool:
         """Give `module` a forward with fused calls, if its own has any to fuse; whether that is so."""
@@ -251,19 +278,6 @@ def _sketch(model: nn.Module) -> nn.Module:
         if isinstance(module, fast.ConvChain):
             module.__class__ = nn.Sequential if type(module) is fast.ConvChain else plain_class(module)  # type: ignore[assignment]
     return sketch
-
-
-def copy_modules(model: nn.Module) -> nn.Module:
-    """A copy of the tree of modules that holds the very tensors of `model`."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)})
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        # Computed weights (the old weight_norm's) are plain attributes, and not leaves: deepcopy refuses those.
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
 
 
 @contextmanager
