@@ -5,8 +5,19 @@ Triton kernels on a GPU, C++ on a CPU, plain torch wherever that is faster.
 
 from fastconv import functional, models, nn
 from fastconv.backends import use_backend
-from fastconv.convert import convert, freeze
+from fastconv.convert import convert, convolutionize, freeze
 from fastconv.precision import get_precision, set_precision
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "convert", "freeze", "functional", "get_precision", "models", "nn", "set_precision", "use_backend"]
+__all__ = [
+    "__version__",
+    "convert",
+    "convolutionize",
+    "freeze",
+    "functional",
+    "get_precision",
+    "models",
+    "nn",
+    "set_precision",
+    "use_backend",
+]
