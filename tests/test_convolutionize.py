@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from dense import FLATTENS, AlexNet, LeNet, Tail, assert_slides, doubles, sequential
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fastconv
@@ -23,6 +23,9 @@ def test_sliding(flatten: str) -> None:
     dense = convolutionize(model, (32, 28))
     assert isinstance(dense, LeNet)
     assert (type(model), type(model.fc1), dense.training) == (LeNet, nn.Linear, True)
+    assert not [node for node in fx.symbolic_trace(dense).graph.nodes if node.target in ("size", getattr)], (
+        "sizes of the flatten"
+    )
     assert_slides(dense, model, doubles(2, 2, 41, 39), (32, 28), 4)
     assert_slides(convolutionize(model, (2, 32, 28), dense_max_pool=True), model, doubles(2, 2, 39, 34), (32, 28), 2)
 
@@ -111,6 +114,8 @@ def test_recipe_net(layers: str) -> None:
     assert denser.shape[2:] == (5, 5)
     torch.testing.assert_close(denser[:, :, ::2, ::2], expected)
     averaged = convolutionize(model, 16, average=True)
+    assert all(module.training for module in averaged.modules())
+    assert not any(module.training for module in convolutionize(model.eval(), 16, average=True).modules())
     torch.testing.assert_close(averaged(x), expected.mean((2, 3)))
     torch.testing.assert_close(convert(averaged)(x), expected.mean((2, 3)))
     torch.testing.assert_close(averaged(x[..., :16, :16]), model(x[..., :16, :16]))
@@ -212,7 +217,8 @@ def _whole(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", GLOBAL)
 def test_global_averages(name: str) -> None:
-    model = Tail(lambda x, fc: fc(GLOBAL[name](x)), 5).double()
+    """Behind them one Linear may serve twice."""
+    model = Tail(lambda x, fc: fc(torch.relu(fc(GLOBAL[name](x)))), 5).double()
     for option, stride in ((False, 2), (True, 1)):
         assert_slides(convolutionize(model, 16, dense_max_pool=option), model, doubles(2, 3, 19, 21), (16, 16), stride)
 

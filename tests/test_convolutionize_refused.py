@@ -50,6 +50,15 @@ class TwoHeads(nn.Module):
         return {"a": self.a(self.flatten(x)), "b": self.b(self.flatten(x))}
 
 
+class AnyArguments(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = sequential(nn.Flatten(), nn.Linear(125, 4))
+
+    def forward(self, *images: Tensor) -> Tensor:
+        return self.body(images[0])
+
+
 class Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -93,6 +102,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "patched": (_patched, "forward is patched onto the instance"),
     "flattens twice": (TwoHeads, "'flatten', which calls view in the forward of 'flatten', is called in several places"),
+    "norm of the map": (
+        lambda: sequential(nn.Flatten(), nn.BatchNorm1d(125), nn.Linear(125, 4)),
+        "Linear '7' reads BatchNorm1d '6', which is no flattened",
+    ),
+    "any arguments": (AnyArguments, "cannot trace the model in training: .* not plain arguments"),
     "hook": (_hooked, "Linear '6' has hooks"),
     "parametrized": (
         lambda: sequential(nn.Flatten(), parametrizations.weight_norm(nn.Linear(125, 4))),
@@ -119,17 +133,53 @@ def test_shared_weights_are_refused() -> None:
         convolutionize(model, 16)
 
 
+class Around(nn.Module):
+    """A strided convolution beside the pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.max_pool2d(x, 2), self.conv(x)], 1)
+
+
+class Borrowing(nn.Module):
+    """One pool called in two places, by one that does not own it."""
+
+    class Inner(nn.Module):
+        def __init__(self, pool: nn.Module) -> None:
+            super().__init__()
+            self.others = [pool]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.others[0](x)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = nn.MaxPool2d(2)
+        self.inner = Borrowing.Inner(self.pool)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.pool(x))
+
+
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
         ((nn.Conv2d(3, 4, 3),), "no max-pool with a stride above 1"),
         ((nn.MaxPool2d(2, ceil_mode=True),), "'0' has ceil_mode=True"),
         ((nn.MaxPool2d(2), nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), "Conv2d '1' behind .* cannot be dilated"),
+        ((nn.MaxPool2d(2), nn.Conv2d(3, 4, 2, padding="same")), "Conv2d '1' behind .* cannot be dilated"),
+        ((nn.MaxPool2d(2), nn.AvgPool2d(2, 1, divisor_override=3)), "AvgPool2d '1' behind .* cannot be dilated"),
+        ((Around(),), "max_pool2d in the forward of '0' is not on every path"),
+        ((Borrowing(),), "MaxPool2d '0.pool' is called by '0.inner', which it is no part of"),
         ((nn.MaxPool2d(2), nn.AvgPool2d(3, 1, padding=1)), "AvgPool2d '1' behind .* cannot be dilated"),
         ((nn.MaxPool2d(2), nn.ConvTranspose2d(3, 4, 3)), "ConvTranspose2d '1' behind"),
     ],
-    ids=["no pool", "ceil_mode", "reflect", "padded average", "transposed"],
+    ids=["no pool", "ceil_mode", "reflect", "same", "divisor", "around", "borrowed", "padded average", "transposed"],
 )
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 def test_dense_max_pool_is_refused(layers: tuple[nn.Module, ...], message: str) -> None:
     model = nn.Sequential(*layers, nn.Flatten())
     model.append(nn.Linear(model(torch.randn(1, 3, 11, 11)).shape[1], 4))

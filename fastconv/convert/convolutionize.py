@@ -201,16 +201,14 @@ def _check(model: nn.Module, found: list[tuple[Heads, Counter[str]]], edits: dic
     """Refuse what would be lost with a module that is replaced."""
     own = dict(model.named_modules(remove_duplicate=False))
     holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
-    for heads, calls in found:
+    for heads, _ in found:
         read = {str(node.target) for node in heads.graph.nodes if node.op == "get_attr"}
         for path, edit in edits.items():
             module = own[path]
-            if isinstance(edit, (Convolve, Normalise2d)):
-                if calls[path] > 1:
-                    raise ValueError(f"convolutionize: {type(module).__name__} {path!r} is called in several places")
+            if isinstance(edit, Convolve):
                 shared = [name for name, p in module._parameters.items() if p is not None and holders[id(p)] > 1]
                 shared += [name for name in module._parameters if f"{path}.{name}" in read]
-                if shared and isinstance(edit, Convolve):
+                if shared:
                     raise ValueError(f"convolutionize: the {shared[0]} of Linear {path!r} is used elsewhere too")
             hooks = [name for name, value in vars(module).items() if name.endswith("_hooks") and value]
             if (hooks or "forward" in vars(module)) and not isinstance(edit, Spread):

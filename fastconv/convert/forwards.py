@@ -118,10 +118,10 @@ def required(module: nn.Module) -> list[str]:
     """The arguments that the forward of `module` cannot do without.
 
     Raises:
-        TypeError: it takes some by keyword only, or any number of them.
+        TypeError: it takes some by keyword only, or any number of them by position.
     """
     parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    needed = [p for p in parameters if p.default is inspect.Parameter.empty]
+    needed = [p for p in parameters if p.default is inspect.Parameter.empty and p.kind is not p.VAR_KEYWORD]
     if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed):
         raise TypeError(
             f"{type(module).__name__}.forward takes {inspect.signature(type(module).forward)}, not plain arguments"
