@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from dense import FLATTENS, Tail, sequential
+from dense import FLATTENS, LeNet, Tail, sequential
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
@@ -186,6 +186,32 @@ def test_dense_max_pool_is_refused(layers: tuple[nn.Module, ...], message: str) 
     assert convolutionize(model, (3, 11, 11))(torch.randn(1, 3, 13, 13)).shape[:2] == (1, 4)
     with pytest.raises(ValueError, match=message):
         convolutionize(model, (3, 11, 11), dense_max_pool=True)
+
+
+def test_hooks_on_a_pool_of_several_places_are_refused() -> None:
+    model = LeNet()
+    model.pool.register_forward_hook(lambda module, args, output: None)
+    convolutionize(model, (32, 28))
+    with pytest.raises(ValueError, match="MaxPool2d 'pool' has hooks"):
+        convolutionize(model, (32, 28), dense_max_pool=True)
+
+
+def test_averages_of_scores_only() -> None:
+    model = Tail(lambda x, fc: (fc(FLAT(x)), x))
+    assert [len(y.shape) for y in convolutionize(model, 16)(torch.randn(1, 3, 18, 18))] == [4, 4]
+    with pytest.raises(ValueError, match="output is more than scores"):
+        convolutionize(model, 16, average=True)
+    with pytest.raises(ValueError, match="hands on a tuple"):
+        convolutionize(Wrapped(Tail(lambda x, fc: (fc(FLAT(x)), fc(FLAT(x)).tanh()))), 16, average=True)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
 
 
 @pytest.mark.parametrize(

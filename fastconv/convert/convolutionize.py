@@ -94,6 +94,8 @@ def convolutionize(
     _check(model, found, edits)
     graphs = _forwards(traced, sites)
     if average:
+        if not all(heads.scores.issuperset(_outputs(heads.graph)) for heads, _ in found):
+            raise ValueError("convolutionize: average=True, but the model's output is more than scores")
         # A Sequential gets a last member instead, and stays one.
         if "" not in graphs and (type(model) not in (nn.Sequential, fast.ConvChain) or "average" in model._modules):
             graphs[""] = _own_graphs(traced, "")
@@ -178,6 +180,8 @@ def _places(found: list[tuple[Heads, Counter[str]]]) -> tuple[dict[str, Edit], d
                     f"convolutionize: {heads.say(node)} is called in several places, which need different layers"
                 )
             op, target, number = at
+            if op == "call_module":
+                _refuse_attached(heads.modules[target], target)
             if op == "call_module" and owner:
                 if not str(target).startswith(f"{owner}."):
                     raise ValueError(f"convolutionize: {heads.say(node)} is called by {owner!r}, which it is no part of")
@@ -210,9 +214,14 @@ def _check(model: nn.Module, found: list[tuple[Heads, Counter[str]]], edits: dic
                 shared += [name for name in module._parameters if f"{path}.{name}" in read]
                 if shared:
                     raise ValueError(f"convolutionize: the {shared[0]} of Linear {path!r} is used elsewhere too")
-            hooks = [name for name, value in vars(module).items() if name.endswith("_hooks") and value]
-            if (hooks or "forward" in vars(module)) and not isinstance(edit, Spread):
-                raise ValueError(f"convolutionize: {type(module).__name__} {path!r} has hooks or a forward patched onto it")
+            if not isinstance(edit, Spread):
+                _refuse_attached(module, path)
+
+
+def _refuse_attached(module: nn.Module, path: str) -> None:
+    hooks = [name for name, value in vars(module).items() if name.endswith("_hooks") and value]
+    if hooks or "forward" in vars(module):
+        raise ValueError(f"convolutionize: {type(module).__name__} {path!r} has hooks or a forward patched onto it")
 
 
 def _own_graphs(traced: nn.Module, path: str) -> list[fx.Graph]:
@@ -255,11 +264,8 @@ def _outputs(graph: fx.Graph) -> list[fx.Node]:
 def _average(heads: list[Heads], graphs: list[fx.Graph]) -> None:
     """Let the model's own forward, in both modes, return means over H and W."""
     for mode, graph in zip(heads, graphs, strict=True):
-        outputs = _outputs(mode.graph)
-        if not mode.scores.issuperset(outputs) or len(outputs) != len(_outputs(graph)):
-            raise ValueError(
-                "convolutionize: average=True, but the model's output is more than scores, or its forward hands on a tuple"
-            )
+        if len(_outputs(mode.graph)) != len(_outputs(graph)):
+            raise ValueError("convolutionize: average=True, but the model's forward hands on a tuple that it does not make")
         layers.average_outputs(graph)
 
 
