@@ -5,13 +5,14 @@ Triton kernels on a GPU, C++ on a CPU, plain torch wherever that is faster.
 
 from fastconv import functional, models, nn
 from fastconv.backends import use_backend
-from fastconv.convert import convert, freeze, restore
+from fastconv.convert import convert, convolutionize, freeze, restore
 from fastconv.precision import get_precision, set_precision
 
 __version__ = "0.1.0"
 __all__ = [
     "__version__",
     "convert",
+    "convolutionize",
     "freeze",
     "functional",
     "get_precision",

@@ -13,7 +13,7 @@ from torch import nn
 
 from fastconv import nn as fast
 from fastconv.convert.layers import runs_in_order, why_not
-from fastconv.convert.rewrite import subclass
+from fastconv.convert.program import subclass
 from fastconv.nn.fused import Pooling
 
 

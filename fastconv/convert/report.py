@@ -9,7 +9,8 @@ from torch import nn
 
 from fastconv import nn as fast
 from fastconv.convert.layers import runs_in_order, why_not
-from fastconv.convert.rewrite import Rewritten, plain_class
+from fastconv.convert.program import plain_class
+from fastconv.convert.rewrite import Rewritten
 from fastconv.nn.fused import relu_and_pool
 
 LAYERS = (
@@ -73,8 +74,7 @@ def _fusions(modules: Mapping[str, nn.Module]) -> tuple[dict[str, str], dict[str
         prefix = f"{path}." if path else ""
         if isinstance(module, Rewritten):
             modes = [
-                {fusion.layer: fusion for fusion in program.fusions} if program else {}
-                for program in module.rewriting.programs
+                {fusion.layer: fusion for fusion in written.fusions} if written else {} for written in module.rewriting.modes
             ]
             for layer, fusion in {**modes[1], **modes[0]}.items():
                 only = [mode for mode, other in (("training", 1), ("evaluation", 0)) if layer not in modes[other]]

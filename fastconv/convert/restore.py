@@ -6,7 +6,8 @@ from torch import nn
 
 from fastconv import nn as fast
 from fastconv.convert.layers import runs_in_order
-from fastconv.convert.rewrite import Rewritten, plain_class
+from fastconv.convert.program import plain_class
+from fastconv.convert.rewrite import Rewritten
 from fastconv.convert.trees import copy_modules
 
 _POOLING = ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "pool_ceil_mode")
@@ -15,7 +16,6 @@ _PLAIN: dict[type[nn.Module], type[nn.Module]] = {
     fast.MaxPool2d: nn.MaxPool2d,
     fast.AvgPool2d: nn.AvgPool2d,
     fast.GlobalAvgPool2d: nn.AdaptiveAvgPool2d,
-    fast.ConvChain: nn.Sequential,
 }
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     fast.ConvReLU2d: nn.Conv2d,
@@ -48,13 +48,18 @@ def restore(model: nn.Module, *, inplace: bool = False) -> nn.Module:
         unwrite(module)
         if runs_in_order(module):
             _unfuse(module)
-        if isinstance(module, fast.ConvChain) and type(module) is not fast.ConvChain:
-            _become(module, plain_class(module))
-            vars(module).pop("fold_batch_norm", None)
-        elif type(module) in _PLAIN:
-            vars(module).pop("fold_batch_norm", None)
+        if type(module) in _PLAIN:
             _become(module, _PLAIN[type(module)])
+    unchain(model)
     return model
+
+
+def unchain(model: nn.Module) -> None:
+    """Let Sequentials run their members one by one."""
+    for module in model.modules():
+        if isinstance(module, fast.ConvChain):
+            _become(module, nn.Sequential if type(module) is fast.ConvChain else plain_class(module))
+            vars(module).pop("fold_batch_norm", None)
 
 
 def unwrite(module: nn.Module) -> None:

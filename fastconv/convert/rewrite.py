@@ -8,11 +8,9 @@ calls go to the forward of the class, which stays right, as no part of the modul
 from __future__ import annotations
 
 import functools
-import importlib
-import linecache
 from collections.abc import Callable, Iterable
-from types import BuiltinFunctionType, FunctionType, ModuleType
-from typing import Any, NamedTuple, cast
+from types import BuiltinFunctionType, FunctionType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -20,6 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.overrides import TorchFunctionMode
 
 from fastconv.convert.match import Group, changes_in_place, swaps
+from fastconv.convert.program import Program
 from fastconv.nn.fused import Pooling, conv_norm_relu
 
 
@@ -37,41 +36,19 @@ class Fusion(NamedTuple):
     absorbed: tuple[str, ...]
 
 
-class Program:
-    """A forward as source code. Immutable: copies are the same object."""
+class Written(NamedTuple):
+    """A forward, and what runs together in it."""
 
-    def __init__(self, source: str, names: dict[str, Any], fusions: tuple[Fusion, ...]) -> None:
-        self.source, self.names, self.fusions = source, names, fusions
-        place = f"<fastconv.convert {id(self):x}>"
-        linecache.cache[place] = (len(source), None, source.splitlines(keepends=True), place)  # for tracebacks
-        space = dict(names)
-        exec(compile(source, place, "exec"), space)
-        self.forward: Callable[..., Any] = space["forward"]
-
-    def __deepcopy__(self, memo: object) -> Program:
-        return self
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        names = {name: _Imported(v.__name__) if isinstance(v, ModuleType) else v for name, v in self.names.items()}
-        return _program, (self.source, names, self.fusions)
+    program: Program
+    fusions: tuple[Fusion, ...]
 
 
-class _Imported(NamedTuple):
-    """A module, which cannot be pickled, by its name."""
-
-    name: str
+Modes = tuple[Written | None, Written | None]
 
 
-def _program(source: str, names: dict[str, Any], fusions: tuple[Fusion, ...]) -> Program:
-    loaded = {name: importlib.import_module(v.name) if isinstance(v, _Imported) else v for name, v in names.items()}
-    return Program(source, loaded, fusions)
-
-
-def write(graph: fx.Graph, groups: Iterable[Group], fold: bool) -> Program:
+def write(graph: fx.Graph, groups: Iterable[Group], fold: bool) -> Written:
     """The graph's code with one call for each group, and fastconv's functions for torch's."""
-    fusions = []
-    for group in groups:
-        fusions.append(_fuse(graph, group, fold))
+    fusions = tuple(_fuse(graph, group, fold) for group in groups)
     for node, function, arguments in list(swaps(graph)):
         with graph.inserting_after(node):
             called = graph.call_function(function, (node.args[0], *arguments))
@@ -80,8 +57,7 @@ def write(graph: fx.Graph, groups: Iterable[Group], fold: bool) -> Program:
     for node in graph.nodes:
         if is_view(node) and not any(changes_in_place(user) for user in node.users):
             node.target = "reshape"  # maps may lie in another order now
-    code = graph.python_code("self")
-    return Program(code.src, dict(code.globals), tuple(fusions))
+    return Written(Program.of(graph), fusions)
 
 
 def _fuse(graph: fx.Graph, group: Group, fold: bool) -> Fusion:
@@ -109,28 +85,26 @@ class Rewriting(NamedTuple):
     """The forwards of a module for training and evaluation, and what has to be the case for them to hold.
 
     Attributes:
-        programs: for training, for evaluation; None where the class's own forward runs.
+        modes: the forwards for training, for evaluation; None where the class's own runs.
         arguments: names of the required arguments.
         attributes: the plain values among the module's attributes that its forward reads.
         children: how many modules each of its children that its forward reads holds; None for a child that is None.
         reshapes: whether the class's own code calls Tensor.view, which needs maps to lie as they did.
     """
 
-    programs: tuple[Program | None, Program | None]
+    modes: Modes
     arguments: tuple[str, ...]
     attributes: tuple[tuple[str, Any], ...]
     children: tuple[tuple[str, int | None], ...]
     reshapes: bool = False
 
     @classmethod
-    def of(
-        cls, module: nn.Module, programs: tuple[Program | None, Program | None], arguments: tuple[str, ...], read: set[str]
-    ) -> Rewriting:
+    def of(cls, module: nn.Module, modes: Modes, arguments: tuple[str, ...], read: set[str]) -> Rewriting:
         values = vars(module).items()
         plain = [(name, value) for name, value in values if name in read and name != "training" and _is_simple(value)]
         attributes = [(name, [*value] if isinstance(value, list) else value) for name, value in plain]
         children = [(name, _size(child)) for name, child in module._modules.items() if name in read]
-        return cls(programs, arguments, tuple(attributes), tuple(children), calls_view(type(module)))
+        return cls(modes, arguments, tuple(attributes), tuple(children), calls_view(type(module)))
 
     def holds(self, module: nn.Module) -> bool:
         state = vars(module)
@@ -175,65 +149,29 @@ def calls_view(kind: type[nn.Module]) -> bool:
 class Rewritten(nn.Module):
     """Base of the classes of modules whose forward was written anew by fastconv.convert."""
 
+    prefix = "Fused"
     rewriting: Rewriting
     plain_class: type[nn.Module]
 
+    @staticmethod
+    def forward_like(plain: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(plain)
+        def forward(self: Rewritten, *args: Any, **kwargs: Any) -> Any:
+            return Rewritten.forward(self, *args, **kwargs)
+
+        return forward
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         rewriting = self.rewriting
-        program = rewriting.programs[0 if self.training else 1]
-        if program is not None and (torch.compiler.is_compiling() or not _has_any_global_hook()):
+        written = rewriting.modes[0 if self.training else 1]
+        if written is not None and (torch.compiler.is_compiling() or not _has_any_global_hook()):
             given = (
                 (*args, *(kwargs[name] for name in rewriting.arguments[len(args) :] if name in kwargs)) if kwargs else args
             )
             as_traced = len(given) == len(rewriting.arguments) == len(args) + len(kwargs)
             if as_traced and all(isinstance(value, Tensor) for value in given) and rewriting.holds(self):
-                return program.forward(self, *given)
+                return written.program.forward(self, *given)
         if rewriting.reshapes and not torch.compiler.is_compiling():
             with _Reshaping():
                 return self.plain_class.forward(self, *args, **kwargs)
         return self.plain_class.forward(self, *args, **kwargs)
-
-
-def subclass(base: type[nn.Module], plain: type[nn.Module]) -> type[nn.Module]:
-    """The class of modules of class `plain` that run `base.forward`: a subclass of both, which pickles by their names.
-
-    Raises:
-        TypeError: `plain` says itself how it is pickled.
-    """
-    if plain.__reduce_ex__ is not object.__reduce_ex__ or plain.__reduce__ is not object.__reduce__:
-        raise TypeError(f"{plain.__name__} says itself how it is pickled")
-    return _subclass(base, plain)  # type: ignore[arg-type]
-
-
-@functools.cache
-def _subclass(base: type[nn.Module], plain: type[nn.Module]) -> type[nn.Module]:
-    names: dict[str, Any] = {"__module__": plain.__module__, "__doc__": plain.__doc__, "__reduce_ex__": _reduce}
-    names |= {"plain_class": plain, "plain_base": base}
-    if base is Rewritten:
-        names["forward"] = functools.wraps(plain.forward)(_forward())
-    return type(f"Fused{plain.__name__}", (base, plain), names)
-
-
-def _forward() -> Callable[..., Any]:
-    """A function object of its own, which functools.wraps gives the signature of a class's forward."""
-
-    def forward(self: Rewritten, *args: Any, **kwargs: Any) -> Any:
-        return Rewritten.forward(self, *args, **kwargs)
-
-    return forward
-
-
-def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
-    """As object's, with the class made anew on loading."""
-    state = cast(tuple[Any, ...], object.__reduce_ex__(self, max(2, int(protocol))))[2:]
-    return _instance, (self.plain_base, self.plain_class), *state
-
-
-def _instance(base: type[nn.Module], plain: type[nn.Module]) -> nn.Module:
-    kind = subclass(base, plain)
-    return kind.__new__(kind)
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class that the module had before it was converted."""
-    return vars(type(module)).get("plain_class", type(module))

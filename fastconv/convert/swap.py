@@ -14,17 +14,15 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from fastconv import nn as fast
 from fastconv.convert.chains import fuse_chains, make_chain
 from fastconv.convert.layers import runs_in_order, swapped, why_not
 from fastconv.convert.match import Group, Matcher, swaps
+from fastconv.convert.program import plain_class, subclass
 from fastconv.convert.report import Layer, after, before
-from fastconv.convert.restore import unwrite
-from fastconv.convert.rewrite import Program, Rewriting, Rewritten, calls_view, plain_class, subclass, write
+from fastconv.convert.restore import unchain, unwrite
+from fastconv.convert.rewrite import Modes, Rewriting, Rewritten, Written, calls_view, write
 from fastconv.convert.trace import Traced, Untraceable, required, trace
 from fastconv.convert.trees import copy_modules
-
-_Programs = tuple[Program | None, Program | None]
 
 _log = logging.getLogger("fastconv")
 _FORMATS = (torch.channels_last, torch.contiguous_format)
@@ -147,7 +145,8 @@ class Conversion:
         self.model, self.fuse, self.fold, self.reshape = model, fuse, fold, reshape
         uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
         self.shared = {identity for identity, count in uses.items() if count > 1}
-        self.sketch = _sketch(model) if fuse else None  # to be traced, which may change it
+        self.sketch = copy_modules(model)  # to be traced, which may change it
+        unchain(self.sketch)
         self.reasons: dict[str, str] = {}
         self._found = before(model, self.shared)
         self._claimed: set[int] = set()  # Sequentials whose members a forward above them calls
@@ -173,31 +172,30 @@ class Conversion:
         """Give `module` a forward with fused calls, if its own has any to fuse; whether that is so."""
         if not _has_own_forward(module):
             return False
-        programs: _Programs = (None, None)
+        modes: Modes = (None, None)
         read: set[str] = set()
         try:
-            programs, read = self._analyse(path, module)
+            modes, read = self._analyse(path, module)
         except Untraceable as error:
             if not runs_in_order(module):
                 self._report(path, str(error))
-        if programs == (None, None) and not (self.reshape and calls_view(type(module))):
+        if modes == (None, None) and not (self.reshape and calls_view(type(module))):
             return False
         try:
             module.__class__ = subclass(Rewritten, type(module))
         except TypeError as error:
             self._report(path, str(error))
             return False
-        arguments = () if programs == (None, None) else required(module)
-        cast(Rewritten, module).rewriting = Rewriting.of(module, programs, arguments, read)
+        arguments = () if modes == (None, None) else required(plain_class(module).forward)
+        cast(Rewritten, module).rewriting = Rewriting.of(module, modes, arguments, read)
         return True
 
-    def _analyse(self, path: str, module: nn.Module) -> tuple[_Programs, set[str]]:
-        """The programs for training and evaluation, None where there is nothing to fuse, and the names that they read.
+    def _analyse(self, path: str, module: nn.Module) -> tuple[Modes, set[str]]:
+        """The forwards for training and evaluation, None where there is nothing to fuse, and the names that they read.
 
         Raises:
             Untraceable: there is a graph for neither.
         """
-        assert self.sketch is not None
         modules = dict(module.named_modules(remove_duplicate=False))
         sketch = self.sketch.get_submodule(path)
         nested = {at for at, inner in modules.items() if at and self._may_inline(inner)}
@@ -208,10 +206,10 @@ class Conversion:
                     claimed |= _crossed(group, nested)
         if runs_in_order(module) and not claimed:
             return (None, None), set()
-        programs: list[Program | None] = []
+        modes: list[Written | None] = []
         read: set[str] = set()
         for traced in self._trace(path, sketch, frozenset(claimed)):
-            programs.append(None)
+            modes.append(None)
             if traced is None:
                 continue
             matcher = self._matcher(traced, modules)
@@ -222,10 +220,10 @@ class Conversion:
                 at for at in nested if any(inner.startswith(at + ".") for inner in called)
             }  # its members, one by one
             if groups or any(swaps(traced.graph)):
-                programs[-1] = write(traced.graph, groups, self.fold)
+                modes[-1] = write(traced.graph, groups, self.fold)
                 read |= traced.names
         self._claimed |= {id(modules[at]) for at in claimed}
-        return (programs[0], programs[1]), read
+        return (modes[0], modes[1]), read
 
     def _trace(self, path: str, sketch: nn.Module, inlined: Collection[str]) -> list[Traced | None]:
         """For training and for evaluation."""
@@ -269,15 +267,6 @@ def _has_own_forward(module: nn.Module) -> bool:
     """Whether its forward may call layers that could be fused: torch's and fastconv's modules are leaves."""
     kind = type(module)
     return runs_in_order(module) or not kind.__module__.startswith(("torch.", "fastconv."))
-
-
-def _sketch(model: nn.Module) -> nn.Module:
-    """A copy in which Sequentials run their members in the plainest way."""
-    sketch = copy_modules(model)
-    for module in sketch.modules():
-        if isinstance(module, fast.ConvChain):
-            module.__class__ = nn.Sequential if type(module) is fast.ConvChain else plain_class(module)  # type: ignore[assignment]
-    return sketch
 
 
 @contextmanager

@@ -44,10 +44,12 @@ def trace(module: nn.Module, training: bool, inlined: Collection[nn.Module] = ()
     Raises:
         Untraceable: the graph would not be all that forward does, or there is none.
     """
-    names = required(module)
+    if "forward" in vars(module):
+        raise Untraceable("a forward was set on the instance")
+    names = required(type(module).forward)
     was_training, module.training = module.training, training
     before = _attributes(module)
-    tracer = _Tracer({id(child) for child in inlined}, names)
+    tracer = Tracer({id(child) for child in inlined}, names)
     try:
         with _watching() as (seen, names_read), _passing_for_tensors(tracer.asked):
             graph = tracer.trace(module)
@@ -67,15 +69,13 @@ def trace(module: nn.Module, training: bool, inlined: Collection[nn.Module] = ()
     return Traced(graph, frozenset(names_read))
 
 
-def required(module: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments that forward has to be given.
+def required(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """Names of the arguments that a class's forward has to be given.
 
     Raises:
-        Untraceable: it takes any number of them, or some by keyword only.
+        Untraceable: it takes any number of them, some by keyword only, or none.
     """
-    if "forward" in vars(module):
-        raise Untraceable("a forward was set on the instance")
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
     needed = [p for p in parameters if p.default is p.empty]
     unnamed = [p.name for p in needed if p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     if unnamed:
@@ -122,7 +122,9 @@ for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul"
     setattr(_Value, f"__i{_name}__", _in_place(getattr(operator, f"__i{_name}__")))
 
 
-class _Tracer(fx.Tracer):
+class Tracer(fx.Tracer):
+    """Traces a forward with stand-ins for its required arguments alone: they would pass for True in tests of others."""
+
     proxy_buffer_attributes = True
 
     def __init__(self, inlined: Collection[int], names: tuple[str, ...]) -> None:

@@ -1,0 +1,1 @@
+"""Behind fastconv.convolutionize: the heads of a graph, what they become, and the layers for it."""
