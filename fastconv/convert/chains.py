@@ -19,6 +19,11 @@ from fastconv.nn.fused import Pooling
 
 def fuse_chains(sequence: nn.Sequential, shared: Collection[int]) -> None:
     """Replace Conv2d or BatchNorm2d → ReLU (→ MaxPool2d) by a fused module and identities, in `sequence` itself."""
+    identities: dict[int, nn.Identity] = {}  # one for each module: what had one name keeps it
+
+    def absorb(name: str, module: nn.Module) -> None:
+        sequence.add_module(name, identities.setdefault(id(module), _identity(module)))
+
     # Not named_children: it names a module that is used twice once, and others would seem to be neighbours.
     layers = [(name, layer) for name, layer in sequence._modules.items() if layer is not None]
     following = [*layers[2:], ("", nn.Identity())]
@@ -29,9 +34,9 @@ def fuse_chains(sequence: nn.Sequential, shared: Collection[int]) -> None:
         if pool is None and not _is_relu(second):
             continue
         sequence.add_module(first_at, _fused(cast(nn.Conv2d, first), pool))
-        sequence.add_module(second_at, _identity(second))
+        absorb(second_at, second)
         if pool is not None:
-            sequence.add_module(third_at, _identity(third))
+            absorb(third_at, third)
 
 
 def make_chain(module: nn.Module, fold: bool) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 
 from torch import nn
 from torch.nn.utils import parametrize
@@ -40,14 +40,13 @@ def why_not(module: nn.Module, shared: Collection[int] = ()) -> str | None:
     return "it sits in several places" if module._parameters and id(module) in shared else None
 
 
-def swapped(module: nn.Module, shared: Collection[int]) -> nn.Module:
-    """fastconv.nn's module for a single layer of torch.nn, or `module` itself."""
-    make = _SWAPS.get(type(module))
-    if make is None or why_not(module, shared) is not None or id(module) in shared:
-        return module
-    if isinstance(module, nn.AdaptiveAvgPool2d) and module.output_size not in (1, (1, 1)):
-        return module
-    return make(module)
+def swap(module: nn.Module, shared: Collection[int] = ()) -> None:
+    """Make a single layer of torch.nn fastconv.nn's: the object stays, which others may hold, and takes on the class."""
+    ours = SWAPS.get(type(module))
+    if ours is None or why_not(module, shared) is not None:
+        return
+    if not isinstance(module, nn.AdaptiveAvgPool2d) or module.output_size in (1, (1, 1)):
+        module.__class__ = ours
 
 
 def runs_in_order(module: nn.Module) -> bool:
@@ -72,9 +71,9 @@ _ATTRIBUTES: dict[type[nn.Module], frozenset[str]] = {
     )
 }
 _BUFFERS: dict[type[nn.Module], frozenset[str]] = {nn.BatchNorm2d: frozenset(nn.BatchNorm2d(1, device="meta")._buffers)}
-_SWAPS: dict[type[nn.Module], Callable[..., nn.Module]] = {
-    nn.Conv2d: fast.Conv2d.from_torch,
-    nn.MaxPool2d: fast.MaxPool2d.from_torch,
-    nn.AvgPool2d: fast.AvgPool2d.from_torch,
-    nn.AdaptiveAvgPool2d: fast.GlobalAvgPool2d.from_torch,
+SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: fast.Conv2d,
+    nn.MaxPool2d: fast.MaxPool2d,
+    nn.AvgPool2d: fast.AvgPool2d,
+    nn.AdaptiveAvgPool2d: fast.GlobalAvgPool2d,
 }

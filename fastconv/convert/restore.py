@@ -5,18 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from fastconv import nn as fast
-from fastconv.convert.layers import runs_in_order
+from fastconv.convert.layers import SWAPS, runs_in_order
 from fastconv.convert.program import plain_class
 from fastconv.convert.rewrite import Rewritten
 from fastconv.convert.trees import copy_modules
 
 _POOLING = ("pool_kernel_size", "pool_stride", "pool_padding", "pool_dilation", "pool_ceil_mode")
-_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
-    fast.Conv2d: nn.Conv2d,
-    fast.MaxPool2d: nn.MaxPool2d,
-    fast.AvgPool2d: nn.AvgPool2d,
-    fast.GlobalAvgPool2d: nn.AdaptiveAvgPool2d,
-}
+_PLAIN = {ours: plain for plain, ours in SWAPS.items()}
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     fast.ConvReLU2d: nn.Conv2d,
     fast.ConvReLUMaxPool2d: nn.Conv2d,

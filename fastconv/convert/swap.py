@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from fastconv.convert.chains import fuse_chains, make_chain
-from fastconv.convert.layers import runs_in_order, swapped, why_not
+from fastconv.convert.layers import runs_in_order, swap, why_not
 from fastconv.convert.match import Group, Matcher, swaps
 from fastconv.convert.program import plain_class, subclass
 from fastconv.convert.report import Layer, after, before
@@ -78,7 +78,7 @@ def convert(
             before and after, in evaluation mode without gradients, and the results have to agree.
 
     Returns:
-        The converted model (`model` itself with inplace=True, unless `model` is one such layer).
+        The converted model, with inplace=True `model` itself.
 
     Raises:
         TypeError: `model` is not a torch.nn.Module.
@@ -120,16 +120,16 @@ def convert_with_report(
         model = copy_modules(model)
     with _all_or_nothing(model):
         conversion = Conversion(model, fuse, fold_batch_norm, memory_format is torch.channels_last)
-        converted = conversion.run()
+        conversion.run()
         if memory_format is not None:
-            _lay_out(converted, memory_format)
+            _lay_out(model, memory_format)
         if example_inputs is not None:
-            _compare(_run(converted, example_inputs), expected)
-        report = conversion.report(converted)
+            _compare(_run(model, example_inputs), expected)
+        report = conversion.report()
     if all(layer.done == "left" for layer in report):
         why = "; ".join(sorted({f"{layer.kind}: {layer.detail}" for layer in report})) or "no convolution, norm or pool"
         warnings.warn(f"convert: nothing to swap in this model ({why})", stacklevel=3)
-    return converted, report
+    return model, report
 
 
 class Conversion:
@@ -151,7 +151,7 @@ class Conversion:
         self._found = before(model, self.shared)
         self._claimed: set[int] = set()  # Sequentials whose members a forward above them calls
 
-    def run(self) -> nn.Module:
+    def run(self) -> None:
         for path, module in list(self.model.named_modules()):
             if id(module) in self.shared:
                 continue
@@ -159,14 +159,14 @@ class Conversion:
             rewritten = self.fuse and not claimed and self._rewrite(path, module)
             if self.fuse and not claimed and not rewritten and runs_in_order(module):
                 fuse_chains(cast(nn.Sequential, module), self.shared)
-            for name, child in list(module.named_children()):
-                module.add_module(name, swapped(child, self.shared))
+            for child in module.children():
+                swap(child, self.shared)
             if self.fuse and not claimed and not rewritten:
                 make_chain(module, self.fold)
-        return swapped(self.model, self.shared)
+        swap(self.model)
 
-    def report(self, converted: nn.Module) -> list[Layer]:
-        return list(after(converted, self._found, self.reasons))
+    def report(self) -> list[Layer]:
+        return list(after(self.model, self._found, self.reasons))
 
     def _rewrite(self, path: str, module: nn.Module) -> bool:
         """Give `module` a forward with fused calls, if its own has any to fuse; whether that is so."""

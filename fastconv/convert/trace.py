@@ -206,13 +206,13 @@ def _watching() -> Iterator[tuple[list[str], set[str]]]:
 
     states = _random_states()
     previous = sys.getprofile()
-    with _Computed(seen):
+    with torch.random.fork_rng(), _Computed(seen):
         sys.setprofile(watch)
         try:
             yield seen, names
         finally:
             sys.setprofile(previous)
-            if _random_states() != states:
+            if not _put_back(states):
                 seen.append("draws random numbers")
 
 
@@ -234,10 +234,23 @@ class _Computed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _random_states() -> list[Any]:
+def _random_states() -> tuple[Any, ...]:
+    """Of Python's generator and numpy's; torch's real draws are seen as operators."""
     numpy = sys.modules.get("numpy")
-    drawn = None if numpy is None else numpy.random.get_state(legacy=False)["state"]
-    return [random.getstate(), drawn if drawn is None else {**drawn, "key": drawn["key"].tobytes()}]
+    return random.getstate(), None if numpy is None else numpy.random.get_state(legacy=True)
+
+
+def _put_back(states: tuple[Any, ...]) -> bool:
+    """Undo what was drawn; whether nothing was."""
+    now = _random_states()
+    random.setstate(states[0])
+    if states[1] is not None:
+        sys.modules["numpy"].random.set_state(states[1])
+    return now[0] == states[0] and _same_numpy(now[1], states[1])
+
+
+def _same_numpy(now: Any, then: Any) -> bool:
+    return then is None or (now[2:] == then[2:] and bool((now[1] == then[1]).all()))
 
 
 def _attributes(module: nn.Module) -> list[object]:
