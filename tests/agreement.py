@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -27,8 +29,10 @@ from fastconv.bench import gate
 FACTOR = 4.0
 # Of float64 gradients against the outputs' bound: normalisation over few elements and two steps of training enlarge errors.
 _AMPLIFIED = 1e3
+# Of one turned sign, against its share 1/√elements: normalisation over few elements enlarges it. In float32 plain torch's
+# ResNet-18 (two images of 64², smallest map 4096 elements) lies up to 0.1 from float64 behind a step, whatever its layout.
+_TURNED = 8.0
 _STEPS = 2
-_LEARNING_RATE = 0.02
 # Calls with weights that gradients were added to: a ReLU that rounding opened is part of them.
 _BEHIND_A_STEP = ("step 1", "eval with gradients", "eval")
 _SAMPLE = 2**14  # elements that are kept of one tensor
@@ -117,7 +121,7 @@ def live(entry: Net, net: nn.Module, optimizer: torch.optim.Optimizer, dtype: to
     return life
 
 
-def disagreements(converted: Life, original: Life, oracle: Life, dtype: torch.dtype, net: nn.Module) -> list[str]:
+def disagreements(converted: Life, original: Life, oracle: Life, dtype: torch.dtype, entry: Net) -> list[str]:
     """What of a converted net's life is not as it should be."""
     wrong = [
         f"{key}: {converted.exact.get(key)} instead of {original.exact.get(key)}"
@@ -129,7 +133,7 @@ def disagreements(converted: Life, original: Life, oracle: Life, dtype: torch.dt
     for group, expected in oracle.tensors.items():
         scale = max((_rms(tensor) for tensor in expected.values()), default=0.0)
         stepped = group[0] in _BEHIND_A_STEP or group == ("step 0", "state")
-        bound = allowed(dtype, net, "gradients" in group[1] or stepped) * scale
+        bound = allowed(dtype, entry, "gradients" in group[1], stepped) * scale
         for name, tensor in expected.items():
             error, own = (_rms(life.tensors[group][name] - tensor) for life in (converted, original))
             if not error <= FACTOR * own + bound:
@@ -139,17 +143,35 @@ def disagreements(converted: Life, original: Life, oracle: Life, dtype: torch.dt
     return wrong
 
 
-def allowed(dtype: torch.dtype, net: nn.Module, gradient: bool) -> float:
-    """The error allowed in units of the largest size in a group of tensors, beside the original's: gate.net_bounds."""
-    reductions = [
-        weight[0].numel()
-        for module in net.modules()
-        if isinstance(module, (nn.Conv2d, nn.Linear)) and isinstance(weight := getattr(module, "weight", None), Tensor)
-    ]
-    output, of_gradient = gate.net_bounds(dtype, reductions or [1], transformed=True)
+def allowed(dtype: torch.dtype, entry: Net, gradient: bool, stepped: bool) -> float:
+    """The error allowed in units of the largest size in a group of tensors, beside the original's: gate.net_bounds.
+
+    Its shares of signs turned by rounding are means: where one turns in the smallest map, it is one of few.
+
+    Args:
+        stepped: behind a step of training, to whose gradients such a sign belongs.
+    """
+    reductions, elements = _sizes(entry)
+    output, of_gradient = gate.net_bounds(dtype, reductions, transformed=True)
     if dtype == torch.float64:
         return _AMPLIFIED * output
-    return of_gradient if gradient else output
+    return (1 + stepped) * max(of_gradient, _TURNED / math.sqrt(elements)) if gradient or stepped else output
+
+
+@cache
+def _sizes(entry: Net) -> tuple[list[int], int]:
+    """Products summed into an element, layer by layer, and the elements of the smallest map of a layer."""
+    net, elements = fresh(entry, torch.float32).eval(), []
+    layers = [module for module in net.modules() if isinstance(module, (nn.Conv2d, nn.BatchNorm2d, nn.Linear))]
+    reductions = [layer.weight[0].numel() for layer in layers if not isinstance(layer, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.register_forward_hook(
+            lambda module, args, output: elements.append(output.numel()) if output.dim() == 4 else None
+        )
+    args, kwargs = arguments(entry, 0, torch.float32)
+    with torch.no_grad():
+        entry.call(net, *args, **kwargs)
+    return reductions or [1], min(elements, default=1)
 
 
 def assert_agrees(entry: Net, convert: Callable[[nn.Module], nn.Module], dtype: torch.dtype, lives: Sequence[Life]) -> None:
@@ -159,9 +181,9 @@ def assert_agrees(entry: Net, convert: Callable[[nn.Module], nn.Module], dtype: 
         lives: the original's in `dtype`, and in float64.
     """
     net = fresh(entry, dtype)
-    optimizer = sgd(net)
+    optimizer = sgd(net, entry)
     expected, oracle = lives
-    wrong = disagreements(live(entry, convert(net), optimizer, dtype), expected, oracle, dtype, fresh(entry, dtype))
+    wrong = disagreements(live(entry, convert(net), optimizer, dtype), expected, oracle, dtype, entry)
     assert not wrong, "\n".join(wrong[:12])
 
 
@@ -173,8 +195,8 @@ def fresh(entry: Net, dtype: torch.dtype) -> nn.Module:
     return net.double() if dtype == torch.float64 else net
 
 
-def sgd(net: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(net.parameters(), lr=_LEARNING_RATE, momentum=0.9)
+def sgd(net: nn.Module, entry: Net) -> torch.optim.Optimizer:
+    return torch.optim.SGD(net.parameters(), lr=entry.learning_rate, momentum=0.9)
 
 
 def arguments(entry: Net, seed: int, dtype: torch.dtype, again: bool = False) -> tuple[Any, Any]:

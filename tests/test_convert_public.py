@@ -53,13 +53,14 @@ def _small_head(net: nn.Module) -> nn.Module:
 
 @lru_cache(maxsize=1)  # the next test is of the same net
 def _original(package: str, name: str) -> tuple[Net, Life]:
-    entry = Net(f"{package} {name}", _make(package, name), image(3, _SIZES.get(name, 64)), drops=name.startswith("squeeze"))
+    images, drops = image(3, _SIZES.get(name, 64)), name.startswith("squeeze")
+    entry = Net(f"{package} {name}", _make(package, name), images, drops=drops, learning_rate=1e-4)
     return entry, _life(entry, torch.float64)
 
 
 def _life(entry: Net, dtype: torch.dtype) -> Life:
     net = fresh(entry, dtype)
-    return live(entry, net, sgd(net), dtype)
+    return live(entry, net, sgd(net, entry), dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

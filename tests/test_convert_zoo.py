@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
@@ -24,10 +25,19 @@ HOW = {torch.float64: (True, False), torch.float32: (False, False), torch.bfloat
 every_net = pytest.mark.parametrize("name", BY_NAME)
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Maps are so small that threads would mostly wait for each other, the more so on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @cache
 def _original(name: str, dtype: torch.dtype) -> Life:
     net = fresh(BY_NAME[name], dtype)
-    return live(BY_NAME[name], net, sgd(net), dtype)
+    return live(BY_NAME[name], net, sgd(net, BY_NAME[name]), dtype)
 
 
 @every_net

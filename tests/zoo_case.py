@@ -34,6 +34,7 @@ class Net:
         call: what the user does with the net, where that is not net(*args, **kwargs).
         seen: what calls left behind on the net besides parameters and buffers: counts, recorded tensors.
         alter: what the user does to the net once it is converted (and to the original, to compare).
+        learning_rate: of its steps of training: deep nets amplify the last bit by as much as a step carries them away.
         drops: single elements of maps are dropped, which dropout draws in the order of memory.
     """
 
@@ -46,6 +47,7 @@ class Net:
     seen: Callable[[nn.Module], Any] = _nothing
     alter: Callable[[nn.Module], Any] = _nothing
     drops: bool = False
+    learning_rate: float = 0.02
 
     def build(self) -> nn.Module:
         """The net, with weights that keep the scale of maps and normalisations that are none of the identity.
