@@ -48,16 +48,16 @@ def make_chain(module: nn.Module, fold: bool) -> None:
     if not runs_in_order(module) or "forward" in vars(module) or None in module._modules.values():
         return
     parts = [part for part in fast.ConvChain.parts(cast(nn.Sequential, module)) if len(part) > 1]
-    if not any(fold or not isinstance(part[1], nn.BatchNorm2d) for part in parts):
-        return
-    if type(module) is nn.Sequential:
+    gains = any(fold or not isinstance(part[1], nn.BatchNorm2d) for part in parts)
+    if gains and type(module) is nn.Sequential:
         module.__class__ = fast.ConvChain
-    elif not isinstance(module, fast.ConvChain):
+    elif gains and not isinstance(module, fast.ConvChain):
         try:
             module.__class__ = subclass(fast.ConvChain, type(module))
         except TypeError:  # its members run one by one, as before
             return
-    if not fold:
+    vars(module).pop("fold_batch_norm", None)
+    if isinstance(module, fast.ConvChain) and not fold:
         cast(fast.ConvChain, module).fold_batch_norm = False
 
 

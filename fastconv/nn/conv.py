@@ -123,6 +123,10 @@ class FrozenConv2d(torch.nn.Module):
         self._prepare()
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.run(input, residual, self.relu, self.max_pool)
+
+    def run(self, input: Tensor, residual: Tensor | None, relu: bool, max_pool: bool) -> Tensor:
+        """The convolution with another end than its own."""
         return functional.conv2d_prepared(
             input,
             self.weight,
@@ -132,9 +136,9 @@ class FrozenConv2d(torch.nn.Module):
             self.padding,
             self.dilation,
             self.groups,
-            relu=self.relu,
+            relu=relu,
             residual=residual,
-            max_pool=self.max_pool,
+            max_pool=max_pool,
         )
 
     def extra_repr(self) -> str:
