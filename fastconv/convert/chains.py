@@ -58,7 +58,7 @@ def make_chain(module: nn.Module, fold: bool) -> None:
             return
     vars(module).pop("fold_batch_norm", None)
     if isinstance(module, fast.ConvChain) and not fold:
-        cast(fast.ConvChain, module).fold_batch_norm = False
+        module.fold_batch_norm = False
 
 
 def _is_relu(module: nn.Module) -> bool:
