@@ -122,10 +122,11 @@ class Recorder(TorchDispatchMode):
         finally:
             self._stack.pop()
 
-    def note_inputs(self, example: Any) -> None:
-        for tensor in _tensors(example):
+    def note_inputs(self, given: Any, label: str = "input") -> None:
+        """Name tensors that come from outside: the inputs, the gradients of the outputs."""
+        for tensor in _tensors(given):
             self._kept.append(tensor)
-            self._makers[tensor.untyped_storage()._cdata] = (None, "input")
+            self._makers[tensor.untyped_storage()._cdata] = (None, label)
 
     def note_saved(self, storages: Iterable[torch.UntypedStorage]) -> None:
         """Count saved storages for those who made them."""
@@ -233,7 +234,8 @@ class Recorder(TorchDispatchMode):
 
     def _note_copy(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Within an operator of ours: copies to another memory format, by us or by torch's convolutions."""
-        wanted = kwargs.get("memory_format")
+        default = torch.contiguous_format if func._schema.name == "aten::contiguous" else None
+        wanted = kwargs.get("memory_format", default)
         if func._schema.name in _RELAYING and wanted in (torch.channels_last, torch.contiguous_format):
             if not args[0].is_contiguous(memory_format=wanted) and kwargs.get("dtype") in (None, args[0].dtype):
                 self._add_copy(args[0])
@@ -285,8 +287,10 @@ def _replaced(program: Program, function: object, other: object) -> Program:
 
 
 def _is_slowed(call: tuning.Call) -> bool:
-    """Whether another choice was open to it, had its operands lain in channels_last."""
-    return not call.channels_last and call.policy.dtype != torch.float64 and call.direction in ("forward", "input_grad")
+    """Whether torch's kernels serve it, and would not had its operands lain in channels_last."""
+    if call.channels_last or tuning.pick(*call)[0].backend != "aten":
+        return False
+    return tuning.pick(*call._replace(channels_last=True))[0].backend != "aten"
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -53,9 +53,9 @@ class LayoutCopy:
         direction: 'forward' or 'backward'.
         operand: its name in the operator ('input', 'weight', 'grad', ...), 'result' of what the operator itself made.
         shape: of the operand; bytes: its size.
-        copied: it is copied to the other memory format; else torch's own kernel serves it as it lies.
-        source: whose output it is: a module's path, 'input', 'parameter', a function ('cat', 'cat in block'), or the
-            'gradient of' one of these.
+        copied: it is copied to the other memory format; else torch's own kernels serve, as they would not otherwise.
+        source: whose output it is: a module's path, 'input', 'parameter', 'loss', a function ('cat', 'cat in block'), or
+            the 'gradient of' one of these.
     """
 
     layer: str
@@ -280,6 +280,7 @@ def _run(
         if outputs:
             recorder.is_backward = True
             grads = [torch.ones_like(leaf) for leaf in outputs]
+            recorder.note_inputs(grads, "loss")
             with recorder:
                 torch.autograd.backward(outputs, grads)
     # Whatever a forward raises on an input that it was not written for.

@@ -9,7 +9,7 @@ from fastconv.bench.explain import Choice, Explanation, Figures, LayerReport
 
 WIDTH = 160
 # Titles, widths; numbers stand to the right.
-_TEXTS = (("layer", 24), ("what became of it", 34), ("output", 15), ("forward", 15), ("input grad", 15), ("weight grad", 15))
+_TEXTS = (("layer", 24), ("what became of it", 32), ("output", 15), ("forward", 15), ("input grad", 15), ("weight grad", 15))
 _NUMBERS = (("GFLOP", 9), ("MB moved", 15), ("MB saved", 15))
 
 
@@ -92,7 +92,8 @@ def _change(before: int, after: int) -> str:
 
 
 def _mb(size: int) -> str:
-    return "0" if not size else f"{size / 1e6:.1f}" if size >= 5e4 else f"{size / 1e6:.1g}"
+    digits = 0 if size >= 1e8 else 1
+    return "0" if not size else f"{size / 1e6:.{digits}f}" if size >= 5e4 else f"{size / 1e6:.1g}"
 
 
 def _line(texts: list[str], numbers: list[str]) -> str:
@@ -151,7 +152,7 @@ def _copies(found: Explanation) -> Iterator[str]:
     yield "Layout copies in a training step:" if found.copies else "Layout copies in a training step: none"
     for copy in found.copies:
         what = f"{'x'.join(map(str, copy.shape))}, {_mb(copy.bytes)} MB"
-        how = "copied" if copy.copied else "left to torch's kernels or copied inside, being not channels_last"
+        how = "copied" if copy.copied else "left to torch's kernels, as it is not channels_last"
         yield from _wrapped(
             f"  {copy.layer or '(model)'}, {copy.direction}: {copy.operand} ({what}), from {copy.source}: {how}"
         )
