@@ -76,6 +76,8 @@ def test_flops_are_those_of_the_formula() -> None:
     assert rows["0"].shape == (N, 16, SIZE // 2, SIZE // 2) and rows["3"].shape == (N, 8, SIZE // 2, SIZE // 2)
     linear = explain(nn.Sequential(nn.Conv2d(8, 4, 1), nn.Flatten(), nn.Linear(4 * SIZE**2, 10)), _x())
     assert linear.others.step_flops == 3 * 2 * N * 10 * 4 * SIZE**2
+    assert linear.layers[0].step_flops == 2 * linear.layers[0].forward_flops == 4 * N * 4 * SIZE**2 * 8
+    assert {c.direction for c in linear.layers[0].choices} == {"forward", "weight_grad", "bias_grad"}
     assert linear.total.step_flops == linear.others.step_flops + linear.layers[0].step_flops
     grouped = nn.Conv2d(8, 8, (3, 1), groups=4, stride=2, padding_mode="reflect", padding=(1, 0))
     assert explain(grouped, _x()).total.forward_flops == 2 * N * 8 * (SIZE // 2) ** 2 * 2 * 3
@@ -259,6 +261,8 @@ def test_other_chips_and_no_data() -> None:
 
     with pytest.raises(ValueError, match=r"does not run on example=\[\[2, 8, 16, 16\]\].*meta"):
         explain(Forward(asks, conv=nn.Conv2d(8, 8, 3)), _x(), chip="sm_90")
+    with pytest.raises(ValueError, match=r"chip must be a name that ends in sm_80.*got 'Hopper'"):
+        explain(_chain(), _x(), chip="Hopper")
 
 
 def test_autocast() -> None:

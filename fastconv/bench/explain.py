@@ -21,6 +21,7 @@ from fastconv.convert.report import after, before
 from fastconv.convert.swap import Conversion
 from fastconv.convert.trees import copy_modules
 from fastconv.tuning import cpu
+from fastconv.tuning.candidates import is_cpu
 
 
 @dataclass(frozen=True)
@@ -170,6 +171,8 @@ def explain(model: nn.Module, example: Any, *, chip: str | None = None) -> Expla
     lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
     if lazy:
         raise ValueError(f"explain: model has parameters without a shape ({lazy[0]}): call it once before")
+    if chip is not None and tuning.capability(chip) is None and not is_cpu(chip):
+        raise ValueError(f"explain: chip must be a name that ends in sm_80, sm_90, ..., or a CPU's ('cpu'), got {chip!r}")
     tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
     device = next((t.device for t in (*tensors, *model.parameters())), torch.device("cpu"))
     simulated = chip is not None or device.type == "meta"

@@ -92,8 +92,9 @@ def _change(before: int, after: int) -> str:
 
 
 def _mb(size: int) -> str:
-    digits = 0 if size >= 1e8 else 1
-    return "0" if not size else f"{size / 1e6:.{digits}f}" if size >= 5e4 else f"{size / 1e6:.1g}"
+    if size < 1000:
+        return "<.001" if size else "0"
+    return f"{size / 1e6:.3f}" if size < 1e5 else f"{size / 1e6:.1f}" if size < 1e8 else f"{size / 1e6:.0f}"
 
 
 def _line(texts: list[str], numbers: list[str]) -> str:
