@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,16 @@ def saved_bytes(step: Callable[[], object]) -> int:
     Args:
         step: a forward pass. Its result may be thrown away: what was saved is held until all is counted.
     """
+    with saving() as held:
+        result = step()
+    total = sum(storage.nbytes() for storage in held.values())
+    del result
+    return total
+
+
+@contextmanager
+def saving() -> Iterator[dict[int, torch.UntypedStorage]]:
+    """The storages that `saved_bytes` counts, by their addresses, as the code in the context has autograd save them."""
     held: dict[int, torch.UntypedStorage] = {}  # holding them keeps an address from being given out twice
 
     def pack(tensor: Tensor) -> Tensor:
@@ -32,10 +43,7 @@ def saved_bytes(step: Callable[[], object]) -> int:
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = step()
-    total = sum(storage.nbytes() for storage in held.values())
-    del result
-    return total
+        yield held
 
 
 def peak_bytes(step: Callable[[], object]) -> int:

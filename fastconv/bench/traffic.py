@@ -100,8 +100,7 @@ class _Counting(TorchDispatchMode):
             return result
         result = func(*args, **(kwargs or {}))
         name = str(func.overloadpacket).replace("aten.", "aten::")
-        read = [*args[1:]] if _only_writes(func) else [*args, *(kwargs or {}).values()]
-        size = 0 if _moves_nothing(func) else _bytes(read) + _bytes([result])
+        size = moved_by(func, args, kwargs or {}, result)
         if size:
             self._add(name, Moved(1, size, size))
         return result
@@ -110,7 +109,15 @@ class _Counting(TorchDispatchMode):
         self.moved[name] = self.moved.get(name, Moved()) + moved
 
 
-def _moves_nothing(func: Any) -> bool:
+def moved_by(func: Any, args: Iterable[Any], kwargs: dict[str, Any], result: Any) -> int:
+    """Bytes of the tensors that an operator reads, and of those that it writes."""
+    if moves_nothing(func):
+        return 0
+    read = [*args][1:] if _only_writes(func) else [*args, *kwargs.values()]
+    return _bytes(read) + _bytes([result])
+
+
+def moves_nothing(func: Any) -> bool:
     name = func._schema.name.partition("::")[2]
     return bool(func.is_view) or "empty" in name or name in ("_unsafe_view", "lift_fresh", "detach_")
 

@@ -1,4 +1,4 @@
-"""The command line: `fastconv info`, `train`, `tune`, `explain`, `inspect`; one file for each command."""
+"""The command line: `fastconv info`, `train`, `convert`, `explain`, `tune`, `inspect`; one file for each command."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fastconv.cli import explain, info, inspect, train, tune
+from fastconv.cli import convert, explain, info, inspect, train, tune
 
-_COMMANDS = (info, train, tune, explain, inspect)
+_COMMANDS = (info, train, convert, explain, tune, inspect)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit status: 0, or 1 after an error that the user can do something about, told in one line.
+        The exit status: 0, or 1 after an error that the user can do something about, told in one line; a command may have
+        others.
     """
     parser = argparse.ArgumentParser(
         prog="fastconv", description="Fused convolution, bias, ReLU and pooling for PyTorch, forward and backward."
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.verbose:
         logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s")
     try:
-        options.run(options)
+        status: int | None = options.run(options)
     except (ValueError, RuntimeError, OSError, ModuleNotFoundError) as error:
         if options.verbose:
             raise
@@ -42,4 +43,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"fastconv {options.command}: interrupted", file=sys.stderr)
         return 130
-    return 0
+    return status or 0

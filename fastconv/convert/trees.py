@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 
 
-def copy_modules(model: nn.Module) -> nn.Module:
-    """A copy of the tree of modules that holds the very tensors of `model`."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)})
+def copy_modules(model: nn.Module, held: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> nn.Module:
+    """A copy of the tree of modules that holds the very tensors of `model`, or what `held` makes of each of them."""
+    tensors = {id(tensor): tensor for tensor in _tensors(model)}
+    return copy.deepcopy(model, {identity: held(tensor) for identity, tensor in tensors.items()})
 
 
 def _tensors(model: nn.Module) -> Iterator[Tensor]:
