@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastconv
 
 
-def alexnet(layers: str) -> nn.Module:
+def alexnet(layers: str = "torch") -> nn.Module:
     """AlexNet as torchvision has it (Krizhevsky, 2014, arXiv:1404.5997), without dropout: [N, 3, 224, 224] → [N, 1000]."""
     net = nn.Sequential(
         nn.Conv2d(3, 64, 11, stride=4, padding=2),
@@ -37,30 +36,25 @@ def alexnet(layers: str) -> nn.Module:
 class Block(nn.Module):
     """Two 3×3 convolutions with batch norms, and the way round them: [N, C, H, W] → [N, D, H / stride, W / stride]."""
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, layers: str) -> None:
+    def __init__(self, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
-        self.first = nn.Sequential(
-            nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False),
-            nn.BatchNorm2d(out_channels),
-            nn.ReLU(inplace=True),
-        )
-        self.second = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.is_fused = layers == "fastconv"
-        self.norm = (fastconv.nn.BatchNormReLU2d if self.is_fused else nn.BatchNorm2d)(out_channels)
-        self.round: nn.Module = nn.Identity()
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(out_channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.downsample: nn.Module | None = None
         if stride > 1 or in_channels != out_channels:
             shortcut = nn.Conv2d(in_channels, out_channels, 1, stride, bias=False)
-            self.round = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
+            self.downsample = nn.Sequential(shortcut, nn.BatchNorm2d(out_channels))
 
     def forward(self, x: Tensor) -> Tensor:
-        y, residual = self.second(self.first(x)), self.round(x)
-        if self.is_fused:
-            fused: Tensor = self.norm(y, residual)
-            return fused
-        return F.relu(self.norm(y) + residual, inplace=True)
+        y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
+        y += x if self.downsample is None else self.downsample(x)
+        return self.relu(y)  # type: ignore[no-any-return]
 
 
-def resnet18(layers: str) -> nn.Module:
+def resnet18(layers: str = "torch") -> nn.Module:
     """ResNet-18 (He et al., 2015, arXiv:1512.03385): [N, 3, 224, 224] → [N, 1000]."""
     stem = nn.Sequential(
         nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False),
@@ -72,9 +66,14 @@ def resnet18(layers: str) -> nn.Module:
     channels = 64
     for width in (64, 128, 256, 512):
         for stride in (1 if width == 64 else 2, 1):
-            blocks.append(Block(channels, width, stride, layers))
+            blocks.append(Block(channels, width, stride))
             channels = width
     return _on(nn.Sequential(stem, *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 1000)), layers)
+
+
+def vgg16(layers: str = "torch") -> nn.Module:
+    """VGG-16 (Simonyan and Zisserman, 2014, arXiv:1409.1556): [N, 3, 224, 224] → [N, 1000]."""
+    return fastconv.models.vgg(16, dropout=0.0, layers=layers)
 
 
 def _on(net: nn.Module, layers: str) -> nn.Module:
