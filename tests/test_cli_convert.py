@@ -148,3 +148,12 @@ def test_a_comparison_leaves_the_model_as_it_is() -> None:
 def test_nothing_to_train() -> None:
     with pytest.raises(ValueError, match="no step to train"):
         conversion.compare(nn.Conv2d(3, 4, 3).requires_grad_(False), torch.randn(2, 3, 8, 8))
+
+
+def test_a_converted_model_is_compared_with_what_it_was() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    images = torch.randn(2, 3, 8, 8)
+    given, plain = (conversion.compare(model, images, repeats=1) for model in (fastconv.convert(net), net))
+    for name in plain.sides:
+        assert given.sides[name].saved_bytes == plain.sides[name].saved_bytes
+    assert given.sides["torch"].saved_bytes > given.sides["fastconv"].saved_bytes

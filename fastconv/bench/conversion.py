@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fastconv.bench import timing
 from fastconv.bench.saved import peak_bytes, saved_bytes
 from fastconv.bench.timing import Timing
-from fastconv.convert import convert
+from fastconv.convert import convert, restore
 from fastconv.convert.trees import copy_modules
 from fastconv.precision import get_precision
 
@@ -83,18 +85,21 @@ def compare(
     repeats: int = 20,
     most_seconds: float = 60.0,
 ) -> Comparison:
-    """Run `model` in NCHW, in channels_last, and converted (with the options of fastconv.convert) on the same images.
+    """Run `model` on torch's layers in NCHW and in channels_last, and converted, on the same images.
 
     A training step is forward, the mean of squares of all floating-point outputs, backward and SGD, batch norms in training
     mode. `model` is left as it is.
 
     Args:
+        model: any module; one that was converted is restored first.
         input: (N, C, H, W), on the model's device and of its dtype.
+        fuse, fold_batch_norm, memory_format: as in fastconv.convert.
         repeats: rounds of timed calls; most_seconds: for each of forward and step.
 
     Raises:
         ValueError: the model does not run on `input`, or gives nothing to differentiate.
     """
+    model = restore(model)
     exact = _own(model, lambda t: t.double() if t.is_floating_point() else t)
     models = {"torch": _own(model), "torch channels_last": _own(model), OURS: _own(model)}
     formats = {"torch": torch.contiguous_format, "torch channels_last": torch.channels_last, OURS: memory_format}
@@ -247,9 +252,24 @@ def _step(model: nn.Module, input: Tensor) -> Callable[[], object]:
     return step
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what torch's profiler writes to standard error of its own starting and stopping off the screen."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def _peak(step: Callable[[], object], device: torch.device) -> int:
     if device.type != "cuda":
-        return peak_bytes(step)
+        with _quiet():
+            return peak_bytes(step)
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
