@@ -4,18 +4,50 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
-def copy_modules(model: nn.Module) -> nn.Module:
-    """A copy of the tree of modules that holds the very tensors of `model`."""
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in _tensors(model)})
+def copy_modules(model: nn.Module, with_buffers: bool = True) -> nn.Module:
+    """A copy of the tree of modules that holds the very tensors of `model`, and its locks.
+
+    Args:
+        with_buffers: whether buffers are the same ones too; else they are copies.
+    """
+    memo: dict[int, Any] = {}
+    for value in _kept(model):
+        memo[id(value)] = value
+    if not with_buffers:
+        for buffer in model.buffers():
+            del memo[id(buffer)]
+            memo[id(buffer)] = buffer.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()
-    for module in model.modules():
-        # Computed weights (the old weight_norm's) are plain attributes, and not leaves: deepcopy refuses those.
-        yield from (value for value in vars(module).values() if isinstance(value, Tensor))
+def _kept(model: nn.Module) -> Iterator[object]:
+    """Tensors, wherever attributes hold them, and attributes that deepcopy refuses."""
+    waiting: list[object] = [model]
+    seen: set[int] = set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, torch.jit.ScriptModule):
+            yield from (*value.parameters(), *value.buffers())
+        elif isinstance(value, nn.Module):
+            waiting.extend(vars(value).values())
+        elif isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            waiting.extend(value)
+        elif type(value).__name__ in _UNCOPIED:
+            yield value
+
+
+# Of _thread and of torch.distributed, where that is built.
+_UNCOPIED = ("lock", "RLock", "ProcessGroup", "Stream", "Event")
