@@ -51,8 +51,9 @@ def swap(module: nn.Module, shared: Collection[int] = ()) -> None:
 
 def runs_in_order(module: nn.Module) -> bool:
     """Whether its forward runs its members one behind the other; it may be a subclass's own, or set on the instance."""
-    forward = getattr(module.forward, "__func__", None) if isinstance(module, nn.Sequential) else None
-    return forward in (nn.Sequential.forward, fast.ConvChain.forward)
+    if not isinstance(module, nn.Sequential) or type(module).__iter__ is not nn.Sequential.__iter__:
+        return False
+    return getattr(module.forward, "__func__", None) in (nn.Sequential.forward, fast.ConvChain.forward)
 
 
 # What the constructors set on an instance, for each type that is known: other attributes are their owner's, and would

@@ -99,6 +99,8 @@ class Matcher:
         for node in self._graph.nodes:
             if node in taken or not (self._conv(node) or self._norm(node) or self._relu(node)):
                 continue
+            if self._relu(node) and self._changes_what_is_read(node):
+                continue
             group = self._grow(node, taken)
             if group.residual is not None and not self._movable(group):
                 group = self._grow(node, taken, with_residual=False)
@@ -235,7 +237,23 @@ class Matcher:
         between = [n for n in self._graph.nodes if first < self._order[n] < last and n not in group.nodes]
         changing = [node for node in between if self._may_change(node)]
         source = self._origins(group.nodes[0].all_input_nodes[0])
-        return not any(source & self._origins(read) for node in changing for read in node.all_input_nodes)
+        if any(source & self._origins(read) for node in changing for read in node.all_input_nodes):
+            return False
+        if group.residual is None:
+            return True
+        added = min(self._order[node] for node in group.nodes if group.residual in node.all_input_nodes)
+        later = [node for node in changing if self._order[node] > added]
+        source = self._origins(group.residual)
+        return not any(source & self._origins(read) for node in later for read in node.all_input_nodes)
+
+    def _changes_what_is_read(self, relu: fx.Node) -> bool:
+        """Whether a ReLU works in place on a value that others may read."""
+        module = self._module(relu, (nn.ReLU,))
+        in_place = changes_in_place(relu) if module is None else getattr(module, "inplace", False)
+        in_place = in_place or (relu.op == "call_function" and any(value is True for value in relu.args[1:]))
+        value = relu.all_input_nodes[0]
+        made_here = value.op not in ("placeholder", "get_attr") and self._origins(value) == {value}
+        return bool(in_place) and not (made_here and self._only_user(value) is not None)
 
     def _may_change(self, node: fx.Node) -> bool:
         if node.op == "call_module":
@@ -265,6 +283,7 @@ def changes_in_place(node: fx.Node) -> bool:
     """Whether a function or method changes what it is given."""
     if node.op not in ("call_function", "call_method"):
         return False
+    name = str(getattr(node.target, "__name__", node.target))
     name = str(getattr(node.target, "__name__", node.target))
     operators = node.target in vars(operator).values() and (name.startswith("i") or name == "setitem")
     return operators or name.endswith("_") or bool(node.kwargs.get("inplace")) or "out" in node.kwargs

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
 from torch.utils._pytree import tree_leaves
 
 from fastconv.convert.chains import fuse_chains, make_chain
@@ -20,7 +21,7 @@ from fastconv.convert.match import Group, Matcher, swaps
 from fastconv.convert.program import plain_class, subclass
 from fastconv.convert.report import Layer, after, before
 from fastconv.convert.restore import unchain, unwrite
-from fastconv.convert.rewrite import Modes, Rewriting, Rewritten, Written, calls_view, write
+from fastconv.convert.rewrite import Modes, Reads, Rewriting, Rewritten, Written, calls_view, write
 from fastconv.convert.trace import Traced, Untraceable, required, trace
 from fastconv.convert.trees import copy_modules
 
@@ -71,7 +72,8 @@ def convert(
         inplace: change `model` itself; else a new tree of modules is made. Parameters and buffers are the same objects
             either way, so an optimizer or an exponential average keeps working.
         memory_format: of 4-d parameters, torch.channels_last (which the kernels read) or torch.contiguous_format; None
-            leaves them. The Parameters being shared, those of `model` change with it, in strides, not in values.
+            leaves them. The Parameters being shared, those of `model` change with it, in strides, not in values; no other
+            thread may run it meanwhile.
         fuse: False swaps layers one by one and fuses nothing.
         fold_batch_norm: False never folds norms.
         example_inputs: a tensor, a tuple of positional arguments or a dict of keywords. If given, the model runs on them
@@ -126,9 +128,9 @@ def convert_with_report(
         if example_inputs is not None:
             _compare(_run(model, example_inputs), expected)
         report = conversion.report()
-    if all(layer.done == "left" for layer in report):
-        why = "; ".join(sorted({f"{layer.kind}: {layer.detail}" for layer in report})) or "no convolution, norm or pool"
-        warnings.warn(f"convert: nothing to swap in this model ({why})", stacklevel=3)
+        if all(layer.done == "left" for layer in report):
+            why = "; ".join(sorted({f"{layer.kind}: {layer.detail}" for layer in report})) or "no convolution, norm or pool"
+            warnings.warn(f"convert: nothing to swap in this model ({why})", stacklevel=3)  # which may raise
     return model, report
 
 
@@ -172,10 +174,13 @@ class Conversion:
         """Give `module` a forward with fused calls, if its own has any to fuse; whether that is so."""
         if not _has_own_forward(module):
             return False
+        if parametrize.is_parametrized(module):  # whose end gives it the first of its class's bases
+            self._report(path, "it is parametrized")
+            return False
         modes: Modes = (None, None)
-        read: set[str] = set()
+        reads = Reads(set(), set(), set())
         try:
-            modes, read = self._analyse(path, module)
+            modes, reads = self._analyse(path, module)
         except Untraceable as error:
             if not runs_in_order(module):
                 self._report(path, str(error))
@@ -183,15 +188,15 @@ class Conversion:
             return False
         try:
             module.__class__ = subclass(Rewritten, type(module))
-        except TypeError as error:
-            self._report(path, str(error))
+        except Exception as error:  # of __init_subclass__ and metaclasses too, whatever these raise
+            self._report(path, f"its class cannot be subclassed: {error}")
             return False
         arguments = () if modes == (None, None) else required(plain_class(module).forward)
-        cast(Rewritten, module).rewriting = Rewriting.of(module, modes, arguments, read)
+        cast(Rewritten, module).rewriting = Rewriting.of(module, modes, arguments, reads)
         return True
 
-    def _analyse(self, path: str, module: nn.Module) -> tuple[Modes, set[str]]:
-        """The forwards for training and evaluation, None where there is nothing to fuse, and the names that they read.
+    def _analyse(self, path: str, module: nn.Module) -> tuple[Modes, Reads]:
+        """The forwards for training and evaluation, None where there is nothing to fuse, and what they read.
 
         Raises:
             Untraceable: there is a graph for neither.
@@ -205,9 +210,9 @@ class Conversion:
                 for group in [] if traced is None else self._matcher(traced, modules).groups():
                     claimed |= _crossed(group, nested)
         if runs_in_order(module) and not claimed:
-            return (None, None), set()
+            return (None, None), Reads(set(), set(), set())
         modes: list[Written | None] = []
-        read: set[str] = set()
+        reads = Reads(set(), set(), claimed)
         for traced in self._trace(path, sketch, frozenset(claimed)):
             modes.append(None)
             if traced is None:
@@ -221,9 +226,10 @@ class Conversion:
             }  # its members, one by one
             if groups or any(swaps(traced.graph)):
                 modes[-1] = write(traced.graph, groups, self.fold)
-                read |= traced.names
+                reads.names.update(traced.names)
+                reads.globals.update(traced.globals)
         self._claimed |= {id(modules[at]) for at in claimed}
-        return (modes[0], modes[1]), read
+        return (modes[0], modes[1]), reads
 
     def _trace(self, path: str, sketch: nn.Module, inlined: Collection[str]) -> list[Traced | None]:
         """For training and for evaluation."""
@@ -273,23 +279,25 @@ def _has_own_forward(module: nn.Module) -> bool:
 def _all_or_nothing(model: nn.Module) -> Iterator[None]:
     """Put the tree of modules back as it was if the block raises."""
     kept = [
-        (module, type(module), {name: _held(value) for name, value in vars(module).items()}) for module in model.modules()
+        (module, type(module), dict(vars(module)), [(held, dict(held)) for held in _held(module)])
+        for module in model.modules()
     ]
     laid = [(parameter, parameter.data) for parameter in _maps(model)]
     try:
         yield
     except BaseException:
-        for module, kind, state in kept:
+        for module, kind, state, contents in kept:
             module.__class__ = kind
-            vars(module).clear()
-            vars(module).update(state)
+            for held, content in ((vars(module), state), *contents):
+                held.clear()
+                held.update(content)
         for parameter, data in laid:
             parameter.data = data
         raise
 
 
-def _held(value: Any) -> Any:
-    return dict(value) if type(value) is dict else value
+def _held(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    return module._parameters, module._buffers, module._modules
 
 
 def _maps(model: nn.Module) -> Iterator[nn.Parameter]:
@@ -312,7 +320,7 @@ def _run(model: nn.Module, example_inputs: Any) -> list[Any]:
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         try:
-            return tree_leaves(copy_modules(model).eval()(*args, **kwargs))
+            return tree_leaves(copy_modules(model, with_buffers=False).eval()(*args, **kwargs))
         except Exception as error:
             raise ValueError(f"convert: the model does not run on example_inputs={shapes}: {error}") from error
 
@@ -323,8 +331,12 @@ def _compare(actual: list[Any], expected: list[Any] | None) -> None:
             bound = torch.finfo(theirs.dtype).eps ** 0.5
             wide = theirs.double()
             same = ours.shape == theirs.shape and ours.dtype == theirs.dtype
-            error = (ours.double() - wide).norm() / wide.norm().clamp_min(1e-30) if same else torch.inf
-            if not error <= bound and not torch.equal(ours, theirs):
+            error = torch.inf
+            if same:
+                alike = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinities have no difference
+                rest = torch.where(alike, 0, ours.double() - wide)
+                error = rest.norm() / torch.where(wide.isfinite(), wide, 0).norm().clamp_min(1e-30)
+            if not error <= bound:
                 raise RuntimeError(
                     f"convert: on example_inputs the converted model gives {tuple(ours.shape)} {ours.dtype}, relative error "
                     f"{float(error):.1e} (allowed: {bound:.1e}); the model is left as it was"

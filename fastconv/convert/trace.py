@@ -9,19 +9,24 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import logging
 import operator
 import random
 import sys
-from collections import deque
+import threading
+import time
+import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from types import FrameType, ModuleType
-from typing import Any, NamedTuple
+from types import FrameType
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.utils.checkpoint
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastconv.convert.state import Globals, attributes, same
 
 
 class Untraceable(Exception):
@@ -29,10 +34,11 @@ class Untraceable(Exception):
 
 
 class Traced(NamedTuple):
-    """A forward's graph, and the names that its code reads, attributes of the module among them."""
+    """A forward's graph, the names that its code reads, attributes of the module among them, and globals by modules."""
 
     graph: fx.Graph
     names: frozenset[str]
+    globals: frozenset[tuple[str, str]]
 
 
 def trace(module: nn.Module, training: bool, inlined: Collection[nn.Module] = ()) -> Traced:
@@ -47,26 +53,31 @@ def trace(module: nn.Module, training: bool, inlined: Collection[nn.Module] = ()
     if "forward" in vars(module):
         raise Untraceable("a forward was set on the instance")
     names = required(type(module).forward)
-    was_training, module.training = module.training, training
-    before = _attributes(module)
+    # Those of its children may differ from its own, and are not to be asked for.
+    modes = [(child, vars(child).pop("training")) for child in module.modules()]
+    module.training = training
+    before = attributes(module)
     tracer = Tracer({id(child) for child in inlined}, names)
     try:
-        with _watching() as (seen, names_read), _passing_for_tensors(tracer.asked):
+        with _LOCK, _watching() as (seen, names_read, globals_), _passing_for_tensors(tracer.asked):
             graph = tracer.trace(module)
-        after = _attributes(module)
+        after = attributes(module)
     except Untraceable:
         raise
     except Exception as error:  # whatever its code raises on stand-ins
         raise Untraceable(f"torch.fx cannot trace its forward: {_first_line(error)}") from error
     finally:
-        module.training = was_training
+        for child, mode in modes:
+            child.training = mode
     if seen:
         raise Untraceable(f"its forward {seen[0]}")
+    if tracer.refused:
+        raise Untraceable(f"torch.fx cannot trace its forward: {tracer.refused[0]}")
     if tracer.asked:
         raise Untraceable(f"its forward asks for the type of a value that it computed ({tracer.asked[0]})")
-    if len(after) != len(before) or any(a is not b for a, b in zip(after, before, strict=True)):
+    if not same(before, after):
         raise Untraceable("its forward changes attributes")
-    return Traced(graph, frozenset(names_read))
+    return Traced(graph, frozenset(names_read), globals_.names())
 
 
 def required(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -85,8 +96,20 @@ def required(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(p.name for p in needed)
 
 
+# What torch.fx and this module patch while they trace, they patch for all threads.
+_LOCK = threading.RLock()
+
+
 class _Value(fx.Proxy):
-    """A stand-in whose in-place operators are in place in the graph; torch.fx.Proxy writes `x += y` down as `x = x + y`."""
+    """A stand-in whose in-place operators are in place in the graph; torch.fx.Proxy writes `x += y` down as `x = x + y`.
+
+    Those of arguments have a Tensor's attributes; what a forward computes may be something else.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if self.node.op == "placeholder" and not hasattr(torch.Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+        return super().__getattr__(name)
 
 
 @contextmanager
@@ -132,11 +155,31 @@ class Tracer(fx.Tracer):
         self._inlined, self._names = inlined, names
         self._state: tuple[object, ...] = ()
         self.asked: list[str] = []
+        self.refused: list[str] = []  # which code may catch
+        self._thread = threading.get_ident()
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        self.refused.append("control flow depends on a value")
+        return super().to_bool(obj)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        try:
+            return super().iter(obj)
+        except fx.proxy.TraceError as error:
+            self.refused.append(_first_line(error))
+            raise
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self._thread:
+            return attr_val
+        return super().getattr(attr, attr_val, parameter_proxy_cache)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return id(m) not in self._inlined
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
         if not any(m is held for held in self.root.modules()):  # made by forward: it has no name, and goes with its call
             return forward(*args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
@@ -177,6 +220,8 @@ _QUESTIONS: dict[Any, str] = {
     torch.is_autocast_enabled: "asks whether autocast is on",
     torch.get_autocast_dtype: "asks for autocast's dtype",
     torch.get_default_dtype: "asks for the default dtype",
+    warnings.warn: "warns",
+    **dict.fromkeys((time.time, time.perf_counter, time.monotonic, time.time_ns, time.perf_counter_ns), "reads the clock"),
 }
 
 
@@ -184,34 +229,49 @@ _AUTOCAST = torch.amp.autocast_mode.__file__
 
 
 @contextmanager
-def _watching() -> Iterator[tuple[list[str], set[str]]]:
+def _watching() -> Iterator[tuple[list[str], set[str], Globals]]:
     """What code does in the context that no graph shows, and the names that it reads."""
     seen: list[str] = []
     names: set[str] = set()
 
     def watch(frame: FrameType, event: str, arg: Any) -> None:
         if event == "c_call":
+            if not _of_torch(frame) and isinstance(getattr(arg, "__self__", None), random.Random):
+                seen.append("draws random numbers")
             try:
                 question = _QUESTIONS.get(arg)
             except TypeError:  # a method of what has no hash
                 return
             if question is not None and not _of_torch(frame) and frame.f_code.co_filename != __file__:
                 seen.append(question)
-        elif event == "call" and not _of_torch(frame):
-            names.update(frame.f_code.co_names)
+        elif event == "call" and frame.f_globals is vars(logging):
+            caller = frame.f_back
+            if caller is not None and caller.f_globals is not frame.f_globals and not _of_torch(caller):
+                seen.append("logs")
+        elif event == "call" and not _of_torch(frame) and frame.f_code.co_filename != __file__:
+            strings = {value for value in frame.f_code.co_consts if isinstance_(value, str)}  # of getattr and hasattr
+            read = {*frame.f_code.co_names, *strings}
+            globals_.add(frame.f_globals, read)
+            names.update(read)
         elif event == "call" and frame.f_code.co_filename == torch.utils.checkpoint.__file__:
             seen.append("checkpoints a part")
         elif event == "call" and frame.f_code.co_name == "__enter__" and _is_context(frame):
             seen.append("runs a part under a context, such as torch.no_grad() or torch.autocast")
 
+    isinstance_ = builtins.isinstance
+    globals_ = Globals()
     states = _random_states()
     previous = sys.getprofile()
     with torch.random.fork_rng(), _Computed(seen):
         sys.setprofile(watch)
         try:
-            yield seen, names
+            yield seen, names, globals_
         finally:
-            sys.setprofile(previous)
+            sys.setprofile(previous if callable(previous) else None)
+            if hasattr(previous, "enable"):  # cProfile's, which counts in C
+                cast(Any, previous).enable()
+            if globals_.changed():
+                seen.append("changes what others see")
             if not _put_back(states):
                 seen.append("draws random numbers")
 
@@ -231,7 +291,7 @@ class _Computed(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._seen.append(f"computes {func.overloadpacket} of no argument")
-        return func(*args, **(kwargs or {}))
+        raise Untraceable(f"its forward {self._seen[-1]}")  # before it changes one of the module's tensors
 
 
 def _random_states() -> tuple[Any, ...]:
@@ -251,33 +311,6 @@ def _put_back(states: tuple[Any, ...]) -> bool:
 
 def _same_numpy(now: Any, then: Any) -> bool:
     return then is None or (now[2:] == then[2:] and bool((now[1] == then[1]).all()))
-
-
-def _attributes(module: nn.Module) -> list[object]:
-    """Every attribute of every module, and what lies in containers and objects among them, which may change in place."""
-    found: list[object] = []
-    seen: set[int] = set()
-
-    def add(value: object) -> None:
-        found.append(value)
-        if id(value) in seen or isinstance(value, (type, ModuleType, nn.Module, torch.Tensor)):
-            return
-        seen.add(id(value))
-        if isinstance(value, dict):
-            inside: list[object] = [*value, *value.values()]
-        elif isinstance(value, (list, tuple, set, frozenset, deque)):
-            inside = [*value]
-        else:
-            inside = list(getattr(value, "__dict__", {}).values())
-        found.append(len(inside))
-        for part in inside:
-            add(part)
-
-    for child in module.modules():
-        for attribute in vars(child).items():
-            add(attribute[0])
-            add(attribute[1])
-    return found
 
 
 def _of_torch(frame: FrameType) -> bool:

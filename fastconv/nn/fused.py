@@ -76,7 +76,8 @@ def conv_norm_relu(
     """
     closing = relu is True or (relu is not False and is_nothing_but(relu, torch.nn.ReLU))
     if isinstance(pool, torch.nn.Module):
-        pooling = Pooling.of(cast(MaxPool2d, pool)) if is_nothing_but(pool, torch.nn.MaxPool2d, MaxPool2d) else None
+        plain = is_nothing_but(pool, torch.nn.MaxPool2d, MaxPool2d) and not pool.return_indices
+        pooling = Pooling.of(cast(MaxPool2d, pool)) if plain else None
     else:
         pooling = pool if pool is None else Pooling(*pool)
     fusable = pooling if closing else None
@@ -167,7 +168,9 @@ def _end(
 
 
 def _joins(residual: Tensor | None, shape: Sequence[int], dtype: torch.dtype) -> bool:
-    return residual is None or (residual.shape == tuple(shape) and residual.dtype == dtype)
+    if not isinstance(residual, Tensor):  # a number, as `x + x.shape[1]` adds it
+        return residual is None
+    return residual.shape == tuple(shape) and residual.dtype == dtype
 
 
 def _output_shape(
@@ -206,7 +209,7 @@ def folded_parameters(
     weight, bias = conv.weight, conv.bias
     if torch.is_grad_enabled():
         operands = (input, residual, weight, bias, norm.weight, norm.bias)
-        if any(operand is not None and operand.requires_grad for operand in operands):
+        if any(isinstance(operand, Tensor) and operand.requires_grad for operand in operands):
             return None
     if not _folding_pays(input, conv):
         return None

@@ -13,6 +13,8 @@ from fastconv import functional, geometry
 class MaxPool2d(torch.nn.MaxPool2d):
     """Max-pool: `torch.nn.MaxPool2d` with the same arguments; int64 indices are made only for return_indices=True.
 
+    Inputs of integers go to torch.
+
     Equal to:
         torch.nn.functional.max_pool2d(input, kernel_size, stride, padding, dilation, ceil_mode, return_indices)
     """
@@ -26,13 +28,15 @@ class MaxPool2d(torch.nn.MaxPool2d):
         return made.train(module.training)
 
     def forward(self, input: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        if input.dtype not in geometry.DTYPES:
+            return cast(Tensor, super().forward(input))
         return functional.max_pool2d(
             input, self.kernel_size, self.stride, self.padding, self.dilation, self.ceil_mode, self.return_indices
         )
 
 
 class AvgPool2d(torch.nn.AvgPool2d):
-    """Average pool: `torch.nn.AvgPool2d` with the same arguments.
+    """Average pool: `torch.nn.AvgPool2d` with the same arguments. Inputs of integers go to torch.
 
     Equal to:
         torch.nn.functional.avg_pool2d(
@@ -53,6 +57,8 @@ class AvgPool2d(torch.nn.AvgPool2d):
         return made.train(module.training)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.dtype not in geometry.DTYPES:
+            return super().forward(input)
         return functional.avg_pool2d(
             input,
             self.kernel_size,
