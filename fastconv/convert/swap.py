@@ -1,4 +1,4 @@
-"""fastconv.convert."""
+"""fastconv.convert: a walk over a model's modules that fuses what runs together and swaps what runs alone."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def convert(
     What replaces norms itself comes first: torch.nn.SyncBatchNorm.convert_sync_batchnorm, whose norms are left as they are,
     and the folding of norms into convolutions (torch.nn.utils.fusion.fuse_conv_bn_eval). Both take a fused norm for the
     BatchNorm2d that it is by isinstance, and would drop its ReLU and its pool without a word. Code that runs the members
-    of a Sequential one by one, to take features between a convolution and its ReLU, sees the fused result there.
+    of a Sequential one by one, to take features between a convolution and its ReLU, sees the fused result there, and so does
+    a hook that is set on the fused module. A forward that is set on a class later is not seen. `type(m) is torch.nn.Conv2d`
+    holds no more, isinstance does.
 
     Args:
         model: any module; layers are looked for in all of its submodules.
@@ -141,10 +143,10 @@ class Conversion:
         reasons: by path, why a module was not fused or not rewritten.
     """
 
-    def __init__(self, model: nn.Module, fuse: bool, fold: bool, reshape: bool = True) -> None:
+    def __init__(self, model: nn.Module, fuse: bool, fold: bool, channels_last: bool = True) -> None:
         for module in model.modules():
             unwrite(module)
-        self.model, self.fuse, self.fold, self.reshape = model, fuse, fold, reshape
+        self.model, self.fuse, self.fold, self.channels_last = model, fuse, fold, channels_last
         uses = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
         self.shared = {identity for identity, count in uses.items() if count > 1}
         self.sketch = copy_modules(model)  # to be traced, which may change it
@@ -184,7 +186,7 @@ class Conversion:
         except Untraceable as error:
             if not runs_in_order(module):
                 self._report(path, str(error))
-        if modes == (None, None) and not (self.reshape and calls_view(type(module))):
+        if modes == (None, None) and not (self.channels_last and calls_view(type(module))):
             return False
         try:
             module.__class__ = subclass(Rewritten, type(module))
