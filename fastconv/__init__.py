@@ -3,11 +3,17 @@
 Triton kernels on a GPU, C++ on a CPU, plain torch wherever that is faster.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from fastconv import functional, models, nn
 from fastconv.backends import use_backend
-from fastconv.bench.explain import explain
 from fastconv.convert import convert, convolutionize, freeze, restore
 from fastconv.precision import get_precision, set_precision
+
+if TYPE_CHECKING:
+    from fastconv.bench.explain import explain
 
 __version__ = "0.1.0"
 __all__ = [
@@ -24,3 +30,12 @@ __all__ = [
     "set_precision",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`explain` loads with its first use: nothing that measures runs, or is there, in a step of training."""
+    if name != "explain":
+        raise AttributeError(f"module 'fastconv' has no attribute {name!r}")
+    from fastconv.bench.explain import explain
+
+    return explain

@@ -5,9 +5,11 @@ from __future__ import annotations
 import builtins
 import copy
 import cProfile
+import gc
 import pstats
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -162,3 +164,20 @@ def test_profiles_go_on() -> None:
     behind()
     profile.disable()
     assert any(name == "behind" for _, _, name in pstats.Stats(profile).stats)  # type: ignore[attr-defined]
+
+
+def test_the_collectors_callbacks_are_not_the_forwards() -> None:
+    """A monitor that takes the time of each collection, as hypothesis does, with collections all the time."""
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        time.perf_counter()
+
+    threshold = gc.get_threshold()
+    gc.callbacks.append(note)
+    gc.set_threshold(1)
+    try:
+        assert isinstance(convert(Net()), Rewritten)
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(note)

@@ -17,7 +17,7 @@ from fastconv import nn as fast
 from fastconv.nn.fused import Pooling
 from fastconv.nn.pool import spatial_mean
 
-# What a leaf is to the matcher: the module itself where it is exactly of that class with nothing attached, else None.
+# Whether a module is exactly of its class, with nothing attached to it.
 Plain = Callable[[nn.Module], bool]
 
 _RELUS = {F.relu, F.relu_, torch.relu, torch.relu_}

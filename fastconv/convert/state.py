@@ -39,7 +39,7 @@ class _State(str):
 
 def same(before: list[object], after: list[object]) -> bool:
     return len(before) == len(after) and all(
-        a is b or (type(a) is type(b) is _State and a == b) for a, b in zip(before, after, strict=True)
+        a is b or (type(a) is type(b) and type(a) in (_State, int) and a == b) for a, b in zip(before, after, strict=True)
     )
 
 

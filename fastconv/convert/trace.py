@@ -8,6 +8,7 @@ torch.no_grad() and checkpointing, questions about the state of autograd. All of
 from __future__ import annotations
 
 import builtins
+import gc
 import inspect
 import logging
 import operator
@@ -262,11 +263,15 @@ def _watching() -> Iterator[tuple[list[str], set[str], Globals]]:
     globals_ = Globals()
     states = _random_states()
     previous = sys.getprofile()
+    collects = gc.isenabled()
     with torch.random.fork_rng(), _Computed(seen):
+        gc.disable()  # what finalizers and callbacks of the collector do is not the forward's
         sys.setprofile(watch)
         try:
             yield seen, names, globals_
         finally:
+            if collects:
+                gc.enable()
             sys.setprofile(previous if callable(previous) else None)
             if hasattr(previous, "enable"):  # cProfile's, which counts in C
                 cast(Any, previous).enable()
