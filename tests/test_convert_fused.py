@@ -204,3 +204,63 @@ def test_report() -> None:
         "3": ("AdaptiveAvgPool2d", "left", "output_size=2: fastconv has that of 1"),
     }
     assert isinstance(net[0], Block)
+
+
+def _state(net: nn.Module) -> list[object]:
+    return [(name, module, type(module), dict(vars(module))) for name, module in net.named_modules()]
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"memory_format": torch.channels_last_3d}, ValueError, "memory_format must be one of torch.channels_last"),
+        ({"memory_format": "NHWC"}, ValueError, "got 'NHWC'"),
+        ({"example_inputs": torch.randn(1, 3, 8, 8)}, ValueError, r"does not run on example_inputs=\[\(1, 3, 8, 8\)\]"),
+        ({"example_inputs": {"images": _image()}}, ValueError, "unexpected keyword argument 'images'"),
+    ],
+)
+def test_bad_input_leaves_the_model_as_it_was(options: dict[str, object], error: type[Exception], message: str) -> None:
+    net = Block()
+    before = _state(net)
+    with pytest.raises(error, match=message):
+        convert(net, inplace=True, **options)
+    assert _state(net) == before
+
+
+def test_other_results_on_the_example_undo_the_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = Block()
+    before, strides = _state(net), [p.stride() for p in net.parameters()]
+    monkeypatch.setattr(fast.Conv2d, "_padded", lambda self, input: (input * 2, self.padding))
+    with pytest.raises(RuntimeError, match="left as it was"):
+        convert(net, inplace=True, example_inputs=_image())
+    assert _state(net) == before and [p.stride() for p in net.parameters()] == strides
+
+
+def test_nothing_to_swap() -> None:
+    net = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    with pytest.warns(UserWarning, match="nothing to swap in this model"):
+        converted = convert(net)
+    assert [type(module) for module in converted.modules()] == [type(module) for module in net.modules()]
+
+
+def test_examples_agree_and_formats() -> None:
+    net = Block()
+    converted = convert(net, example_inputs=(_image(),), memory_format=torch.contiguous_format)
+    assert all(p.is_contiguous() for p in converted.parameters())
+    assert converted.conv1.weight is net.conv1.weight
+    assert convert(net).conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    assert net.conv1.weight.is_contiguous(memory_format=torch.channels_last), "Parameters are shared"
+    unfused = convert(net, fuse=False)
+    assert type(unfused) is Block and type(unfused.conv1) is fast.Conv2d and type(unfused.pool) is fast.MaxPool2d
+
+
+def test_what_cannot_be_read_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    class Counting(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls = getattr(self, "calls", 0) + 1
+            return super().forward(x)
+
+    with caplog.at_level("INFO", logger="fastconv"):
+        converted = convert(nn.Sequential(Counting()))
+    assert "convert: 0 runs layer by layer: in training mode its forward changes attributes" in caplog.text
+    assert type(converted[0]) is Counting and type(converted[0].conv1) is fast.Conv2d
