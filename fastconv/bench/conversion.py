@@ -19,6 +19,7 @@ from fastconv.bench import timing
 from fastconv.bench.saved import peak_bytes, saved_bytes
 from fastconv.bench.timing import Timing
 from fastconv.convert import convert, restore
+from fastconv.convert.swap import lay_out
 from fastconv.convert.trees import copy_modules
 from fastconv.precision import get_precision
 
@@ -104,7 +105,7 @@ def compare(
     models = {"torch": _own(model), "torch channels_last": _own(model), OURS: _own(model)}
     formats = {"torch": torch.contiguous_format, "torch channels_last": torch.channels_last, OURS: memory_format}
     for name, layout in formats.items():
-        _lay_out(models[name], layout)
+        lay_out(models[name], layout)
     models[OURS] = convert(
         models[OURS], inplace=True, memory_format=memory_format, fuse=fuse, fold_batch_norm=fold_batch_norm
     )
@@ -146,12 +147,6 @@ def _own(model: nn.Module, changed: Callable[[Tensor], Tensor] = lambda tensor: 
         return made.requires_grad_(tensor.requires_grad)
 
     return copy_modules(model, held)
-
-
-def _lay_out(model: nn.Module, layout: torch.memory_format) -> None:
-    for parameter in model.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=layout)
 
 
 def _outputs(output: object) -> list[Tensor]:

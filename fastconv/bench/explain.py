@@ -18,7 +18,7 @@ from fastconv.bench.attribution import Recorder, Work
 from fastconv.bench.saved import saving
 from fastconv.convert import Layer, restore
 from fastconv.convert.report import after, before
-from fastconv.convert.swap import Conversion
+from fastconv.convert.swap import Conversion, lay_out
 from fastconv.convert.trees import copy_modules
 from fastconv.tuning import cpu
 from fastconv.tuning.candidates import is_cpu
@@ -214,9 +214,7 @@ def _convert(model: nn.Module, held: Callable[[Tensor], Tensor]) -> tuple[nn.Mod
     found = before(conversion.model, conversion.shared)
     ours = conversion.model
     conversion.run()
-    for parameter in ours.parameters():
-        if parameter.dim() == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+    lay_out(ours, torch.channels_last)
     layers = conversion.report()
     if [*map(type, model.modules())] != [*map(type, restored.modules())]:
         ours = copy_modules(model, held)

@@ -126,7 +126,7 @@ def convert_with_report(
         conversion = Conversion(model, fuse, fold_batch_norm, memory_format is torch.channels_last)
         conversion.run()
         if memory_format is not None:
-            _lay_out(model, memory_format)
+            lay_out(model, memory_format)
         if example_inputs is not None:
             _compare(_run(model, example_inputs), expected)
         report = conversion.report()
@@ -306,7 +306,8 @@ def _maps(model: nn.Module) -> Iterator[nn.Parameter]:
     yield from (parameter for parameter in model.parameters() if not is_lazy(parameter) and parameter.dim() == 4)
 
 
-def _lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
+def lay_out(model: nn.Module, memory_format: torch.memory_format) -> None:
+    """Give 4-d parameters a memory format; they stay the same objects."""
     for parameter in _maps(model):
         parameter.data = parameter.data.contiguous(memory_format=memory_format)
 
