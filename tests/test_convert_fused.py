@@ -264,3 +264,15 @@ def test_what_cannot_be_read_is_said(caplog: pytest.LogCaptureFixture) -> None:
         converted = convert(nn.Sequential(Counting()))
     assert "convert: 0 runs layer by layer: in training mode its forward changes attributes" in caplog.text
     assert type(converted[0]) is Counting and type(converted[0].conv1) is fast.Conv2d
+
+
+def test_an_input_that_is_changed_before_the_relu() -> None:
+    class Net(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            z = x * 1
+            y = self.conv1(z)
+            z.add_(5)
+            return F.relu(y) + z
+
+    net, x = Net(), _image()
+    torch.testing.assert_close(convert(net)(x), net(x), rtol=1e-4, atol=1e-4)
