@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import hashlib
 import importlib.metadata
 import json
 import re
@@ -11,17 +12,28 @@ import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+import fastconv
 from fastconv import backends
 from fastconv.tuning import tables
 
-SUITES = ("layers", "models", "training", "overhead", "scaling")
+SUITES = ("layers", "pools", "models", "training", "overhead", "scaling")
 DIRECTIONS = ("forward", "input_grad", "weight_grad", "backward", "both", "step")
-DTYPES = ("float32", "bfloat16", "float16", "bfloat16_autocast", "float16_autocast")
-_PROVIDER = re.compile(r"fastconv(_\w+)?|eager_(nchw|channels_last)|compile_\w+")
+DTYPES = ("float32", "float32_ieee", "tf32", "bfloat16", "float16", "bfloat16_autocast", "float16_autocast")
+PROVIDERS = (
+    "fastconv",
+    "eager_nchw",
+    "eager_channels_last",
+    "cudnn_fused",
+    "compile_default",
+    "compile_max_autotune",
+    "compile_freezing",
+)
+_PROVIDER = re.compile("|".join(PROVIDERS) + r"|fastconv_\w+|eager_cuda_graph")
+_DIGITS = 6  # significant ones that a file keeps
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,8 @@ class Machine:
     Attributes:
         chip: a GPU's name and compute capability, a CPU's name and torch's threads.
         driver, cudnn: None on a CPU; triton: None where it is not installed.
-        commit: of fastconv's working tree, '-dirty' behind it where files differ; None where it is no git repository.
+        commit: of fastconv's working tree, with a digest of the package behind it where files differ; without a git
+            repository the digest alone, 'sources-…'.
         date: UTC, to the second.
     """
 
@@ -40,7 +53,7 @@ class Machine:
     torch: str
     triton: str | None
     cudnn: str | None
-    commit: str | None
+    commit: str
     date: str
 
     @property
@@ -58,9 +71,18 @@ def machine(device: torch.device) -> Machine:
         torch=torch.__version__,
         triton=_version("triton"),
         cudnn=str(torch.backends.cudnn.version()) if on_gpu else None,
-        commit=_output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"),
+        commit=_commit(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     )
+
+
+class Trial(NamedTuple):
+    """What providers are compared within."""
+
+    suite: str
+    case: str
+    direction: str
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -68,15 +90,29 @@ class Record:
     """The time of one provider for one case. None exists unless its result was held against float64 and was right.
 
     Attributes:
-        direction: 'both' is forward and backward, 'backward' all gradients at once, 'step' a training step.
-        dtype: 'bfloat16' is bfloat16 throughout, 'bfloat16_autocast' float32 weights under autocast.
-        provider: 'fastconv', 'fastconv_<backend>' or 'fastconv_frozen'; stock torch's 'eager_nchw', 'eager_channels_last',
-            'compile_default', 'compile_freezing'.
+        case: a layer ('64-128@56 3x3/2+pool batch 32': channels in and out, size of the map, window / stride), a pool, or a
+            net ('vgg16 R=224 batch 2').
+        direction: 'forward' without gradients; 'backward' all gradients at once, of a forward that ran before; 'both' a
+            recorded forward and its backward; 'step' a training step; 'input_grad' and 'weight_grad' one gradient of a
+            convolution by itself.
+        dtype: 'float32' on a CPU under set_precision("fast"), 'float32_ieee' under "ieee" and without TF32, 'tf32' on a GPU;
+            'bfloat16' is bfloat16 throughout, 'bfloat16_autocast' float32 weights under autocast.
+        provider: 'fastconv', 'fastconv_<backend>', 'fastconv_frozen', 'fastconv_cuda_graph', or one of stock torch's.
         median_ms, q20_ms, q80_ms, runs: of a call, over `runs` rounds in which the providers of a case took turns.
-        over_eager, over_eager_q20, over_eager_q80: eager's time over this one's, paired within a round.
+        fastest_stock: the provider of stock torch with the least median; None where none was right.
+        over_stock, over_stock_q20, over_stock_q80: its time over this one's, paired within a round.
         max_error, rms_error: the largest and the root mean square error, in units of the exact result's root mean square;
             of a step rms_error is of all its gradients together, and max_error the rms_error of the worst parameter.
-        peak_bytes: memory; what it counts is its suite's to say. None where it was not measured.
+        flops: floating-point operations by the definition, a multiply-add being two; None where it is none's measure.
+        bytes: the least that has to move: each operand and each result once; None of whole nets.
+        roofline_percent: the least time for both, at the rates below, of the median. Winograd's transforms take fewer
+            operations than the definition, so that it may pass 100.
+        peak_bytes: the most memory that a call had in use above what there was before: on a GPU as torch's allocator tells it,
+            on a CPU the growth of a process that does nothing else. None where it was not measured.
+        saved_bytes: kept for backward, parameters aside; None where nothing is or it was not counted.
+        launches: kernels started on a GPU by a call; None on a CPU.
+        copy_gb_per_s, matmul_tflop_per_s: this machine's rates, measured before: bytes read and written by a copy of a large
+            buffer, and a large matrix product in `dtype`.
     """
 
     suite: str
@@ -88,19 +124,27 @@ class Record:
     q20_ms: float
     q80_ms: float
     runs: int
-    over_eager: float | None
-    over_eager_q20: float | None
-    over_eager_q80: float | None
+    fastest_stock: str | None
+    over_stock: float | None
+    over_stock_q20: float | None
+    over_stock_q80: float | None
     gate_passed: bool
     max_error: float
     rms_error: float
+    flops: int | None
+    bytes: int | None
+    roofline_percent: float | None
     peak_bytes: int | None
+    saved_bytes: int | None
+    launches: int | None
+    copy_gb_per_s: float | None
+    matmul_tflop_per_s: float | None
     chip: str
     driver: str | None
     torch: str
     triton: str | None
     cudnn: str | None
-    commit: str | None
+    commit: str
     date: str
 
     def __post_init__(self) -> None:
@@ -114,6 +158,18 @@ class Record:
         if not 0 < self.q20_ms <= self.median_ms <= self.q80_ms:
             raise ValueError(f"Record: quantiles {self.q20_ms}, {self.median_ms}, {self.q80_ms} are not in order")
 
+    @property
+    def trial(self) -> Trial:
+        return Trial(self.suite, self.case, self.direction, self.dtype)
+
+    @property
+    def is_ours(self) -> bool:
+        return is_ours(self.provider)
+
+
+def is_ours(provider: str) -> bool:
+    return provider.startswith("fastconv")
+
 
 def write(path: Path, records: Iterable[Record], *, whole: bool) -> None:
     """Make `path` hold `records`: nothing else if they are the `whole` of a suite, or beside what it has of other trials.
@@ -122,19 +178,28 @@ def write(path: Path, records: Iterable[Record], *, whole: bool) -> None:
         ValueError: what lies there is no list of records, and would be kept.
     """
     made = list(records)
-    trials = {_trial(record) for record in made}
-    kept = [] if whole or not path.is_file() else [record for record in read(path) if _trial(record) not in trials]
+    trials = {record.trial for record in made}
+    kept = [] if whole or not path.is_file() else [record for record in read(path) if record.trial not in trials]
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [json.dumps(dataclasses.asdict(record), ensure_ascii=False) for record in (*kept, *made)]
-    path.write_text("[\n" + ",\n".join(rows) + "\n]\n", encoding="utf-8")
+    rows = [json.dumps(_row(record), ensure_ascii=False) for record in (*kept, *made)]
+    text = "[\n" + ",\n".join(rows) + "\n]\n"
+    beside = path.with_name(f"{path.name}.new")  # whoever is stopped in the middle leaves what was there
+    beside.write_text(text, encoding="utf-8")
+    beside.replace(path)
 
 
 def read(path: Path) -> list[Record]:
-    """The records of a file.
+    """The records of a file, or of all files named after a suite in a folder.
 
     Raises:
-        ValueError: it is not JSON, no list, or holds what is no record.
+        ValueError: a file is not JSON, no list, or holds what is no record; a folder holds none.
+        FileNotFoundError: there is nothing at `path`.
     """
+    if path.is_dir():
+        files = [file for suite in SUITES if (file := path / f"{suite}.json").is_file()]
+        if not files:
+            raise ValueError(f"{path}: no file of records in this folder, such as {SUITES[0]}.json")
+        return [record for file in files for record in read(file)]
     rows: Any = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(rows, list):
         raise ValueError(f"{path}: a list of records is wanted, got {type(rows).__name__}")
@@ -144,9 +209,9 @@ def read(path: Path) -> list[Record]:
         raise ValueError(f"{path}: {error}") from error
 
 
-def _trial(record: Record) -> tuple[str, ...]:
-    """What providers are compared within."""
-    return (record.suite, record.case, record.direction, record.dtype)
+def _row(record: Record) -> dict[str, Any]:
+    row = dataclasses.asdict(record)
+    return {name: float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
 def _version(distribution: str) -> str | None:
@@ -154,6 +219,24 @@ def _version(distribution: str) -> str | None:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _commit() -> str:
+    described = _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
+    if described is not None and not described.endswith("-dirty"):
+        return described
+    digest = _digest()
+    return f"sources-{digest}" if described is None else f"{described}-{digest}"
+
+
+def _digest() -> str:
+    """Of the files of the package, compiled libraries aside: whoever measures goes on only where they are the same."""
+    root = Path(fastconv.__file__).parent
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*")):
+        if file.suffix in (".py", ".json"):
+            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _output(*command: str) -> str | None:
