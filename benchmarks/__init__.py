@@ -1,1 +1,1 @@
-"""What is measured: cases, and the programs that measure them. The package never imports this."""
+"""What is made of measurements: results, the report in README and docs, runs on a GPU, the entry for pytest-benchmark."""

@@ -107,8 +107,8 @@ class Record:
         bytes: the least that has to move: each operand and each result once; None of whole nets.
         roofline_percent: the least time for both, at the rates below, of the median. Winograd's transforms take fewer
             operations than the definition, so that it may pass 100.
-        peak_bytes: the most memory that a call had in use above what there was before: on a GPU as torch's allocator tells it,
-            on a CPU the growth of a process that does nothing else. None where it was not measured.
+        peak_bytes: the most memory that a call had in use above what there was before: on a GPU as torch's allocator tells
+            it, on a CPU the growth of a process that does nothing else. None where it was not measured.
         saved_bytes: kept for backward, parameters aside; None where nothing is or it was not counted.
         launches: kernels started on a GPU by a call; None on a CPU.
         copy_gb_per_s, matmul_tflop_per_s: this machine's rates, measured before: bytes read and written by a copy of a large

@@ -17,6 +17,8 @@ import torch
 
 _LEAST_SAMPLE = 200e-6  # seconds: shorter calls are repeated within a sample, or the clock's own cost would show
 _FLUSH_FACTOR = 2  # the flushed buffer, in sizes of the L2 cache
+_CLOCK = 2e9  # cycles a second that a sleeping GPU counts, at most: a lower clock sleeps longer
+_LONGEST_QUEUE = 10e-3  # seconds of a host's work that are hidden
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ def compare(
     most_seconds: float | None = None,
     fresh: Callable[[], object] | None = None,
     settling: int = 0,
+    queued: bool = False,
 ) -> dict[str, Timing]:
     """Time several calls against each other, in interleaved rounds.
 
@@ -105,6 +108,8 @@ def compare(
         fresh: called, untimed, before every round: draws the inputs that all calls of that round get.
         settling: untimed calls before every sample. With one, a short call finds threads awake and its own code in the
             caches, as it does behind others of its kind; without, it pays for what the call of another kind left.
+        queued: on a GPU a call is queued as a whole before its first kernel starts, so that what is timed is the GPU's work;
+            without, a GPU that has to wait for the host does so within the time.
 
     Returns:
         name → Timing in seconds a call, all with the same number of paired runs.
@@ -115,7 +120,7 @@ def compare(
     if not calls or rounds < 1:
         raise ValueError(f"compare: needs at least one call and one round, got {len(calls)} calls, rounds={rounds}")
     device = torch.device(device)
-    sampler = _CudaSampler(device) if device.type == "cuda" else _CpuSampler()
+    sampler = _CudaSampler(device, queued) if device.type == "cuda" else _CpuSampler()
     for call in calls.values():
         for _ in range(warmup):
             call()
@@ -159,19 +164,29 @@ class _CpuSampler:
 class _CudaSampler:
     """A pair of events around one call, with a cold L2 cache."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, queued: bool) -> None:
         self._device = device
-        size = _FLUSH_FACTOR * torch.cuda.get_device_properties(device).L2_cache_size
-        self._flush = torch.empty(max(size, 1), dtype=torch.int8, device=device)
+        properties = torch.cuda.get_device_properties(device)
+        self._flush = torch.empty(max(_FLUSH_FACTOR * properties.L2_cache_size, 1), dtype=torch.int8, device=device)
+        self._queued, self._cycles = queued, 0
 
     def prepare(self, call: Callable[[], object]) -> None:
         torch.cuda.synchronize(self._device)
+        start = time.perf_counter()
+        call()
+        took = time.perf_counter() - start  # the host's part, or all of a call that waits for the GPU
+        torch.cuda.synchronize(self._device)
+        if self._queued:
+            self._cycles = max(self._cycles, int(2 * min(took, _LONGEST_QUEUE) * _CLOCK))
 
     def sample(self, call: Callable[[], object]) -> float:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         with torch.cuda.device(self._device):
-            # The flush also keeps the GPU busy while the host queues the call: launches are not counted twice.
             self._flush.zero_()
+            if self._queued:
+                torch.cuda._sleep(self._cycles)
+            else:
+                torch.cuda.synchronize(self._device)  # or the flush would hide a part of the host's work
             start.record()
             call()
             end.record()

@@ -137,7 +137,11 @@ def _measure(call: Call, device: torch.device, most_seconds: float, rounds: int)
         return run
 
     timings = compare(
-        {str(candidate): runner(candidate) for candidate in right}, device=device, rounds=rounds, most_seconds=most_seconds
+        {str(candidate): runner(candidate) for candidate in right},
+        device=device,
+        rounds=rounds,
+        most_seconds=most_seconds,
+        queued=True,
     )
     by_candidate = {candidate: timings[str(candidate)] for candidate in right}
     winner = min(right, key=lambda candidate: by_candidate[candidate].median)

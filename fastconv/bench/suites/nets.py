@@ -1,4 +1,4 @@
-"""Nets of the benchmark that fastconv.models does not have, each on fastconv's or on torch's layers."""
+"""Nets that fastconv.models does not have, in plain torch.nn; on fastconv's layers by `convert`."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.bn2(self.conv2(self.relu(self.bn1(self.conv1(x)))))
         y += x if self.downsample is None else self.downsample(x)
-        return self.relu(y)  # type: ignore[no-any-return]
+        result: Tensor = self.relu(y)
+        return result
 
 
 def resnet18(layers: str = "torch") -> nn.Module:

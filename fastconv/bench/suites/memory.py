@@ -1,4 +1,4 @@
-"""The peak memory of a training step, in a process of its own: `python -m benchmarks.memory`.
+"""The peak memory of a training step on a CPU, in a process of its own: `python -m fastconv.bench.suites.memory`.
 
 What is told is how far the process's resident memory grows, at its highest, above what it was with the net and the batch
 in place: maps and gradients, the optimizer's state, and whatever kernels and libraries allocate, by whichever allocator.
@@ -15,12 +15,12 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cases import NETS, QUICK_NETS, Net
-from benchmarks.net_trials import Batch, Runner
+from fastconv.bench.suites.cases import CPU, CPU_QUICK, Net
+from fastconv.bench.suites.net_trials import Batch, Runner
 from fastconv.models import recipe_net
 
 _STEPS = 3
-_ROOT = Path(__file__).parent.parent
+_MODULE = "fastconv.bench.suites.memory"
 
 
 def peak(net: Net, dtype: str, provider: str) -> int:
@@ -30,18 +30,19 @@ def peak(net: Net, dtype: str, provider: str) -> int:
         RuntimeError: that process failed; with what it said.
     """
     arguments = ["--case", net.case, "--dtype", dtype, "--provider", provider, "--threads", str(torch.get_num_threads())]
-    command = [sys.executable, "-m", "benchmarks.memory", *arguments]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", _MODULE, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"benchmarks.memory of {net.case} ({provider}) failed:\n{done.stderr}")
+        raise RuntimeError(f"{_MODULE} of {net.case} ({provider}) failed:\n{done.stderr}")
     return int(done.stdout)
 
 
 def _measure(net: Net, dtype: str, provider: str) -> int:
     small = Net("small", lambda layers: recipe_net(8, layers=layers, width=16, max_width=16), 2, 8)
+    device = torch.device("cpu")
     for shown in (small, net):  # the first step of all loads code, which is not a step's memory
-        runner = Runner(shown, dtype, provider, shown.build("torch").state_dict(), is_step=True)
-        batch = Batch(shown, next(runner.model.parameters()).dtype, 10)
+        runner = Runner(shown, dtype, provider, shown.build("torch").state_dict(), True, device)
+        batch = Batch(shown, next(runner.model.parameters()).dtype, 10, device)
         before = _status("VmRSS")
         for _ in range(_STEPS):
             runner.step(batch)
@@ -57,7 +58,7 @@ def _status(name: str) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    nets = {net.case: net for net in (*NETS, *QUICK_NETS)}
+    nets = {net.case: net for net in (*CPU_QUICK.nets, *CPU.nets)}
     parser.add_argument("--case", choices=nets, required=True)
     parser.add_argument("--dtype", required=True)
     parser.add_argument("--provider", required=True)

@@ -1,0 +1,1 @@
+"""What `fastconv bench` measures: cases, the trials made of them, and the runner."""

@@ -1,0 +1,207 @@
+"""The runner of suites: cases one after another, a table as it goes, records in files after each case."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastconv.bench import records, roofline
+from fastconv.bench.records import Machine, Record
+from fastconv.bench.roofline import Rates
+from fastconv.bench.suites import cases, layer_trials, memory, net_trials, overhead, pool_trials
+from fastconv.bench.trial import Effort, Trial, arithmetic, dtypes_of, header, lines, measure, ours, torch_dtype
+
+SUITES = records.SUITES
+_DIRECTIONS = ("forward", "backward", "both")
+
+# Layers settle: in a net they stand among their like.
+_FULL = {
+    "layers": Effort(15, 0.6, settling=1),
+    "pools": Effort(15, 0.4, settling=1),
+    "models": Effort(20, 4.0),
+    "training": Effort(15, 6.0),
+    "overhead": Effort(40, 1.0),
+    "scaling": Effort(15, 0.6, settling=1),
+}
+_QUICK = dict.fromkeys(SUITES, Effort(7, 0.25)) | {"overhead": Effort(20, 0.3)}
+
+
+class Selection(NamedTuple):
+    """What is measured.
+
+    Attributes:
+        suites, dtypes: as in records; no dtypes: each suite's own.
+        only: cases whose name holds it.
+        quick: the short lists, few rounds.
+        seconds: after which no further case is begun.
+        resume: leave out what the files have already of the same sources, torch and chip.
+    """
+
+    suites: tuple[str, ...] = SUITES
+    dtypes: tuple[str, ...] = ()
+    only: str = ""
+    quick: bool = False
+    seconds: float | None = None
+    resume: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        return not (self.dtypes or self.only or self.seconds is not None or self.resume)
+
+
+class Plan(NamedTuple):
+    """A case in a dtype, and what makes its trials when its turn has come."""
+
+    suite: str
+    case: str
+    dtype: str
+    trials: Callable[[], Iterator[Trial]]
+
+
+class Outcome(NamedTuple):
+    """Records made, whether all of ours were right, and cases that there was no time for."""
+
+    records: list[Record]
+    all_right: bool
+    left: int
+
+
+def plans(suite: str, device: torch.device, quick: bool) -> Iterator[Plan]:
+    """The cases of a suite, what matters most first."""
+    listed, kind = cases.of(device.type, quick), device.type
+    if suite in ("layers", "scaling"):
+        is_layer = suite == "layers"
+        layers, dtypes = (listed.layers, listed.layer_dtypes) if is_layer else (listed.scaling, listed.scaling_dtypes)
+        directions = _DIRECTIONS if is_layer and not quick else ("forward", "both")
+        # Batch by batch in each dtype: whoever has to stop has one whole table.
+        for dtype in dtypes:
+            for case in layers:
+                names = _providers(suite, kind, dtype, case.batch)
+                make = _bound(layer_trials.trials, suite, case, dtype, device, directions, names)
+                yield Plan(suite, case.case, dtype, make)
+    elif suite == "pools":
+        for dtype in listed.pool_dtypes:
+            for pool in listed.pools:
+                names = _providers(suite, kind, dtype, pool.batch)
+                yield Plan(suite, pool.case, dtype, _bound(pool_trials.trials, pool, dtype, device, _DIRECTIONS, names))
+    elif suite == "overhead":
+        for case_name in overhead.CALLS:
+            dtype = "bfloat16" if kind == "cuda" else "float32"
+            yield Plan(suite, case_name, dtype, _bound(overhead.trials, case_name, dtype, device))
+    else:
+        is_step = suite == "training"
+        for net in (net for net in listed.nets if net.trains or not is_step):
+            for dtype in net.dtypes:
+                yield Plan(suite, net.case, dtype, _bound(_net, net, dtype, is_step, device, quick))
+
+
+def _bound(function: Callable[..., Iterator[Trial]], *args: object) -> Callable[[], Iterator[Trial]]:
+    return lambda: function(*args)
+
+
+def _net(net: cases.Net, dtype: str, is_step: bool, device: torch.device, quick: bool) -> Iterator[Trial]:
+    peaks = {}
+    if is_step and net.is_compiled and device.type == "cpu" and not quick:
+        names = [name for name in net_trials.providers(net, is_step, "cpu") if not name.startswith("compile")]
+        peaks = {name: memory.peak(net, dtype, name) for name in names}
+    yield net_trials.trial(net, dtype, is_step, device, peaks)
+
+
+def _providers(suite: str, device_type: str, dtype: str, batch: int) -> tuple[str, ...]:
+    """Compilations take seconds each: on a GPU bfloat16 has them, at batch 32 the searched ones and single backends too."""
+    names: tuple[str, ...] = (ours(), "eager_channels_last", "eager_nchw")
+    if device_type != "cuda":
+        return names
+    if suite == "layers":
+        names += ("cudnn_fused",)
+    if dtype == "bfloat16" and suite != "scaling":
+        names += ("compile_default",) if batch >= 32 else ()
+        names += ("compile_max_autotune", "fastconv_triton", "fastconv_native") if batch == 32 and suite == "layers" else ()
+    return tuple(dict.fromkeys(names))
+
+
+def run(selection: Selection, device: torch.device, out: Path, say: Callable[[str], None] = print) -> Outcome:
+    """Measure what is selected; print a table and keep records under `out` / chip / suite.json."""
+    began, quick = time.monotonic(), selection.quick
+    machine = records.machine(device)
+    folder = out / machine.folder
+    say(f"{machine.chip}; torch {machine.torch}; triton {machine.triton}; fastconv {machine.commit}; {machine.date}")
+    rates: dict[str, Rates] = {}
+    copy = roofline.copy_rate(device)
+    say(f"a copy moves {copy * 1e-9:.0f} GB/s; the products' rate stands before each dtype")
+    say("medians (20% to 80% quantiles); ratios are paired, above 1 where fastconv is faster; errors against float64")
+    made: list[Record] = []
+    all_right, left = True, 0
+    for suite in selection.suites:
+        file, is_first = folder / f"{suite}.json", True
+        known = _known(file, machine) if selection.resume else set()
+        chosen = [plan for plan in plans(suite, device, quick) if _is_wanted(plan, selection, device.type)]
+        todo = [plan for plan in chosen if (plan.suite, plan.case, plan.dtype) not in known]
+        width = max((len(plan.case) for plan in todo), default=0)
+        say(f"\n{suite}: {len(todo)} cases" + (f", {len(chosen) - len(todo)} known" if known else ""))
+        say(header(width))
+        for done, plan in enumerate(todo):
+            if selection.seconds is not None and time.monotonic() - began > selection.seconds:
+                left += len(todo) - done
+                say(f"{suite}: {len(todo) - done} cases left, {selection.seconds:.0f} s have passed")
+                break
+            with arithmetic(plan.dtype, device.type):
+                if plan.dtype not in rates:
+                    rates[plan.dtype] = Rates(copy, roofline.matmul_rate(torch_dtype(plan.dtype), device))
+                    say(f"a matrix product in {plan.dtype}: {rates[plan.dtype].matmul * 1e-12:.3g} TFLOP/s")
+                found, right = _measured(plan, (_QUICK if quick else _FULL)[suite], machine, rates[plan.dtype], say, width)
+            all_right &= right
+            made += found
+            if found:
+                records.write(file, found, whole=is_first and selection.is_whole)
+                is_first = False
+    return Outcome(made, all_right, left)
+
+
+def _measured(
+    plan: Plan, effort: Effort, machine: Machine, rates: Rates, say: Callable[[str], None], width: int
+) -> tuple[list[Record], bool]:
+    """The records of a case, and whether ours were right; a case that cannot be set up is told, and the others go on."""
+    made: list[Record] = []
+    all_right = True
+    trials = plan.trials()
+    while True:
+        try:
+            trial = next(trials, None)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            say(f"{plan.case} {plan.dtype} could not be set up: {str(error).partition(chr(10))[0]}")
+            return made, False
+        if trial is None:
+            return made, all_right
+        try:
+            result = measure(trial, effort, machine, rates)
+        finally:
+            trial.close()
+        made += result.records.values()
+        all_right &= not any(records.is_ours(provider) and provider == ours() for provider in result.refused)
+        say("\n".join(lines(result, width)))
+        del trial, result
+        gc.collect()
+
+
+def _is_wanted(plan: Plan, selection: Selection, device_type: str) -> bool:
+    if selection.dtypes and plan.dtype not in selection.dtypes:
+        return False
+    return selection.only in plan.case and (plan.dtype in dtypes_of(device_type) or plan.dtype.endswith("_autocast"))
+
+
+def _known(file: Path, machine: Machine) -> set[tuple[str, str, str]]:
+    """Cases that a file has of these sources on this machine; those in which ours was refused are measured again."""
+    if not file.is_file():
+        return set()
+    same = ("chip", "torch", "triton", "commit")
+    return {
+        (record.suite, record.case, record.dtype)
+        for record in records.read(file)
+        if record.provider == ours() and all(getattr(record, name) == getattr(machine, name) for name in same)
+    }
