@@ -17,21 +17,21 @@ from fastconv.bench.trial import Trial, arithmetic
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LISTS = cases.of(DEVICE.type, quick=True)
-DTYPE = LISTS.layer_dtypes[0]
+DTYPE = next(iter(LISTS.layers))
 PROVIDERS = ("fastconv", "eager_channels_last", "eager_nchw")
 DIRECTIONS = ("forward", "both")
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("case", LISTS.layers, ids=lambda case: case.case)
+@pytest.mark.parametrize("case", LISTS.layers[DTYPE], ids=lambda case: case.case)
 def test_layer(benchmark: Any, case: cases.LayerCase, direction: str, provider: str) -> None:
     _run(benchmark, provider, lambda: layer_trials.trials("layers", case, DTYPE, DEVICE, (direction,), (provider,)))
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("case", LISTS.pools, ids=lambda case: case.case)
+@pytest.mark.parametrize("case", LISTS.pools[DTYPE], ids=lambda case: case.case)
 def test_pool(benchmark: Any, case: cases.PoolCase, direction: str, provider: str) -> None:
     _run(benchmark, provider, lambda: pool_trials.trials(case, DTYPE, DEVICE, (direction,), (provider,)))
 

@@ -265,7 +265,8 @@ def test_a_failing_provider_is_told() -> None:
     assert set(result.records) == set(EAGER)
 
 
-QUICK = cases.CPU_QUICK._replace(layers=(LAYER,), scaling=(LAYER,), pools=(POOL,), nets=(NET,))
+_LAYERS = {"float32": (LAYER,), "bfloat16": (LAYER,)}
+QUICK = cases.Cases(layers=_LAYERS, scaling={"float32": (LAYER,)}, pools={"float32": (POOL,)}, nets=(NET,))
 
 
 @pytest.fixture
@@ -316,7 +317,7 @@ def test_a_case_that_cannot_be_set_up_hides_no_other(tmp_path: Path, monkeypatch
         yield from build(case, *args)
 
     other = dataclasses.replace(POOL, size=12)
-    monkeypatch.setattr(cases, "CPU_QUICK", QUICK._replace(pools=(POOL, other)))
+    monkeypatch.setattr(cases, "CPU_QUICK", QUICK._replace(pools={"float32": (POOL, other)}))
     monkeypatch.setattr(pool_trials, "trials", fails)
     said: list[str] = []
     outcome = run.run(Selection(("pools",), quick=True), CPU, tmp_path, said.append)
@@ -363,7 +364,7 @@ def test_lists() -> None:
             names = [(plan.suite, plan.case, plan.dtype) for plan in plans]
             assert len(names) == len(set(names)) and {plan.suite for plan in plans} == set(run.SUITES)
             assert {plan.dtype for plan in plans} <= set(trial.dtypes_of(device)) | {"bfloat16_autocast"}
-            sweep = [case for case in cases.of(device, quick).scaling]
+            (sweep, *_) = cases.of(device, quick).scaling.values()
             axes = [{case.batch for case in sweep}, *({getattr(c.layer, n) for c in sweep} for n in ("size", "in_channels"))]
             assert all(len(axis) >= 3 for axis in axes)
 

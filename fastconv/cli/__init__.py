@@ -1,4 +1,4 @@
-"""The command line: `fastconv info`, `train`, `convert`, `explain`, `tune`, `inspect`; one file for each command."""
+"""The command line: `fastconv info`, `train`, `convert`, `explain`, `bench`, `tune`, `inspect`; one file for each."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from fastconv.cli import convert, explain, info, inspect, train, tune
+from fastconv.cli import bench, convert, explain, info, inspect, train, tune
 
-_COMMANDS = (info, train, convert, explain, tune, inspect)
+_COMMANDS = (info, train, convert, explain, bench, tune, inspect)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

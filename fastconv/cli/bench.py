@@ -35,7 +35,12 @@ def add(commands: Any) -> None:
     option("--only", default="", metavar="TEXT", help="cases whose name holds TEXT, such as 'R=32' or '64-64@56'")
     option("--quick", action="store_true", help="few and small cases, few rounds: minutes on two cores")
     option("--threads", type=arguments.positive, help=f"of a CPU (default: torch's, here {torch.get_num_threads()})")
-    option("--seconds", type=float, metavar="N", help="begin no case after N seconds; --resume goes on where this stopped")
+    option(
+        "--seconds",
+        type=arguments.positive,
+        metavar="N",
+        help="begin no case after N seconds; --resume goes on where this stopped",
+    )
     option("--resume", action="store_true", help="leave out what DIR has already from the same sources on this chip")
     option("--no-plots", action="store_true", help="draw no pictures")
     option("--out", type=Path, default=_OUT, metavar="DIR", help=f"for records, in which each chip has a folder ({_OUT})")

@@ -11,7 +11,7 @@ from fastconv.bench.records import Record
 
 _WIDTH, _DPI = 9.0, 150  # inches; a page shows a picture some 900 pixels wide
 _COLOURS = 256  # of a file; as many as its format's indices tell apart, which makes it three times as small
-_HEADER = 0.8  # inches: title, where and when, legend
+_HEADER = 0.96  # inches: title, where and when, a note, legend
 
 # Okabe and Ito's colours, which stay apart under the common colour blindnesses; hatches and markers tell the same.
 OURS, STOCK, GREY = "#0072B2", "#D55E00", "#555555"
@@ -43,7 +43,7 @@ def figure(title: str, note: str, drawn: Sequence[Record], height: float) -> Any
     engine.set(rect=(0.008, 0.01, 0.984, height / whole - 0.01))
     where = f"{pairs.chip(drawn)}, torch {pairs.span(r.torch for r in drawn)}, {pairs.dates(drawn)}"
     made.text(0.01, 1 - 0.08 / whole, title, va="top", fontsize=11, fontweight="bold")
-    made.text(0.01, 1 - 0.32 / whole, f"{where}. {note}", va="top", color=GREY)
+    made.text(0.01, 1 - 0.32 / whole, f"{where}\n{note}", va="top", color=GREY, linespacing=1.3)
     return made
 
 
@@ -61,7 +61,7 @@ def save(figure: Any, path: Path, notes: Mapping[str, str]) -> None:
 
 
 def legend(figure: Any, handles: Sequence[Any]) -> None:
-    top = 1 - 0.47 / figure.get_figheight()
+    top = 1 - 0.63 / figure.get_figheight()
     figure.legend(handles=handles, loc="upper left", bbox_to_anchor=(0.0, top), ncols=len(handles), columnspacing=1.5)
 
 

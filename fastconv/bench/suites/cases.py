@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -75,14 +75,11 @@ class PoolCase:
 
 
 class Cases(NamedTuple):
-    """What is measured on a kind of device. Lists go from what matters most to what matters least."""
+    """What is measured on a kind of device: by dtype, and in a list what matters most first."""
 
-    layers: tuple[LayerCase, ...]
-    layer_dtypes: tuple[str, ...]
-    pools: tuple[PoolCase, ...]
-    pool_dtypes: tuple[str, ...]
-    scaling: tuple[LayerCase, ...]
-    scaling_dtypes: tuple[str, ...]
+    layers: Mapping[str, tuple[LayerCase, ...]]
+    pools: Mapping[str, tuple[PoolCase, ...]]
+    scaling: Mapping[str, tuple[LayerCase, ...]]
     nets: tuple[Net, ...]
 
 
@@ -171,14 +168,25 @@ def _pools(batch: int) -> tuple[PoolCase, ...]:
 _PAIRS = ((64, 224), (64, 112), (64, 56), (128, 28), (256, 14), (64, 32), (128, 16), (256, 8))
 
 _RESNET18 = Net("resnet18", nets.resnet18, 4, 224)
+
+# A forward of at most a few milliseconds of both cores: VGG-16 one image, the recipe net at 32 up to 32 of them.
+_CPU_LAYERS = (*_batched(NETS_LAYERS, (1, 32), 5e9), *_batched(RECIPE_32, (256,), 5e9), *UNTUNED)
+_CPU_POOLS = (*_pools(8), PoolCase("relu_max_pool2d", 64, 32, 64, (2, 2, 0)), PoolCase("global_avg_pool2d", 64, 32, 64))
+_CPU_SCALING = _swept(
+    LayerCase(Layer(64, 64, 28), 8),
+    batches=(1, 2, 4, 8, 16, 32, 64),
+    sizes=(7, 14, 28, 56, 112),
+    widths=(16, 32, 64, 128, 256),
+)
 CPU = Cases(
-    # A forward of at most a few milliseconds of both cores: VGG-16 one image, the recipe net at 32 up to 32 of them.
-    layers=(*_batched(NETS_LAYERS, (1, 32), 5e9), *_batched(RECIPE_32, (256,), 5e9), *UNTUNED),
-    layer_dtypes=("float32", "bfloat16"),
-    pools=(*_pools(8), PoolCase("relu_max_pool2d", 64, 32, 64, (2, 2, 0)), PoolCase("global_avg_pool2d", 64, 32, 64)),
-    pool_dtypes=("float32", "bfloat16"),
-    scaling=_swept(LayerCase(Layer(64, 64, 28), 8), (1, 2, 4, 8, 16, 32, 64), (7, 14, 28, 56, 112), (16, 32, 64, 128, 256)),
-    scaling_dtypes=("float32", "bfloat16"),
+    layers={
+        "float32": _CPU_LAYERS,
+        "bfloat16": _CPU_LAYERS,
+        "float32_ieee": _batched(RECIPE_32, (32,)),
+        "float16": _batched(RECIPE_32, (8,)),
+    },
+    pools={"float32": _CPU_POOLS, "bfloat16": _CPU_POOLS},
+    scaling={"float32": _CPU_SCALING, "bfloat16": _CPU_SCALING},
     nets=(
         Net("recipe_net", recipe(32), 64, 32, is_compiled=True),
         Net("recipe_net", recipe(224), 8, 224, is_compiled=True),
@@ -189,28 +197,28 @@ CPU = Cases(
         _RESNET18,
     ),
 )
+_QUICK_LAYERS = tuple(LayerCase(layer, 8) for layer in (*RECIPE_32[:4], RECIPE_224[3], RECIPE_224[5], RECIPE_224[7]))
+_QUICK_POOLS = tuple(case for case in _pools(8) if case.size <= 32 or case.op == "global_avg_pool2d")
+_QUICK_SCALING = _swept(LayerCase(Layer(64, 64, 14), 8), batches=(1, 4, 8, 16), sizes=(7, 14, 28, 56), widths=(16, 64, 128))
 CPU_QUICK = Cases(
-    layers=tuple(LayerCase(layer, 8) for layer in (*RECIPE_32[:4], RECIPE_224[3], RECIPE_224[5], RECIPE_224[7])),
-    layer_dtypes=("float32", "bfloat16"),
-    pools=tuple(case for case in _pools(8) if case.size <= 32 or case.op == "global_avg_pool2d"),
-    pool_dtypes=("float32",),
-    scaling=_swept(LayerCase(Layer(64, 64, 14), 8), (1, 4, 8, 16), (7, 14, 28, 56), (16, 64, 128)),
-    scaling_dtypes=("float32",),
+    layers={"float32": _QUICK_LAYERS, "bfloat16": _QUICK_LAYERS},
+    pools={"float32": _QUICK_POOLS},
+    scaling={"float32": _QUICK_SCALING},
     nets=(Net("recipe_net", recipe(32), 8, 32), Net("vgg16", _vgg16, 1, 224, ("float32",), trains=False)),
 )
-_GPU_DTYPES = ("bfloat16", "float16", "tf32", "float32_ieee")
+_GPU_LAYERS = (*_batched(NETS_LAYERS, (32, 256, 1)), *UNTUNED)
+_GPU_POOLS = (*_pools(32), *_pools(256))
 GPU = Cases(
-    layers=(*_batched(NETS_LAYERS, (32, 256, 1)), *UNTUNED),
-    layer_dtypes=_GPU_DTYPES,
-    pools=(*_pools(32), *_pools(256)),
-    pool_dtypes=("bfloat16", "float16", "float32_ieee"),
-    scaling=_swept(
-        LayerCase(Layer(64, 64, 56), 32),
-        (1, 4, 16, 32, 64, 128, 256),
-        (7, 14, 28, 56, 112, 224),
-        (16, 32, 64, 128, 256, 512),
-    ),
-    scaling_dtypes=("bfloat16",),
+    layers=dict.fromkeys(("bfloat16", "float16", "tf32", "float32_ieee"), _GPU_LAYERS),
+    pools=dict.fromkeys(("bfloat16", "float16", "float32_ieee"), _GPU_POOLS),
+    scaling={
+        "bfloat16": _swept(
+            LayerCase(Layer(64, 64, 56), 32),
+            batches=(1, 4, 16, 32, 64, 128, 256),
+            sizes=(7, 14, 28, 56, 112, 224),
+            widths=(16, 32, 64, 128, 256, 512),
+        )
+    },
     nets=(
         Net("recipe_net", recipe(224), 256, 224, ("bfloat16",), is_compiled=True),
         Net("recipe_net", recipe(32), 128, 32, ("bfloat16",), is_compiled=True, is_captured=True),
@@ -225,8 +233,12 @@ GPU = Cases(
         Net("recipe_net", recipe(32), 128, 32, ("float16", "tf32", "bfloat16_autocast")),
     ),
 )
-GPU_QUICK = CPU_QUICK._replace(layer_dtypes=("bfloat16", "tf32"), scaling_dtypes=("bfloat16",), pool_dtypes=("bfloat16",))
-GPU_QUICK = GPU_QUICK._replace(nets=(Net("recipe_net", recipe(32), 8, 32, ("bfloat16", "tf32"), is_captured=True),))
+GPU_QUICK = Cases(
+    layers={"bfloat16": _QUICK_LAYERS, "tf32": _QUICK_LAYERS},
+    pools={"bfloat16": _QUICK_POOLS},
+    scaling={"bfloat16": _QUICK_SCALING},
+    nets=(Net("recipe_net", recipe(32), 8, 32, ("bfloat16", "tf32"), is_captured=True),),
+)
 
 
 def of(device_type: str, quick: bool) -> Cases:

@@ -25,10 +25,10 @@ _FULL = {
     "pools": Effort(15, 0.4, settling=1),
     "models": Effort(20, 4.0),
     "training": Effort(15, 6.0),
-    "overhead": Effort(40, 1.0),
+    "overhead": Effort(60, 2.0, settling=20),
     "scaling": Effort(15, 0.6, settling=1),
 }
-_QUICK = dict.fromkeys(SUITES, Effort(7, 0.25)) | {"overhead": Effort(20, 0.3)}
+_QUICK = dict.fromkeys(SUITES, Effort(7, 0.25)) | {"overhead": Effort(20, 0.5, settling=20)}
 
 
 class Selection(NamedTuple):
@@ -75,18 +75,15 @@ def plans(suite: str, device: torch.device, quick: bool) -> Iterator[Plan]:
     """The cases of a suite, what matters most first."""
     listed, kind = cases.of(device.type, quick), device.type
     if suite in ("layers", "scaling"):
-        is_layer = suite == "layers"
-        layers, dtypes = (listed.layers, listed.layer_dtypes) if is_layer else (listed.scaling, listed.scaling_dtypes)
-        directions = _DIRECTIONS if is_layer and not quick else ("forward", "both")
-        # Batch by batch in each dtype: whoever has to stop has one whole table.
-        for dtype in dtypes:
+        directions = _DIRECTIONS if suite == "layers" and not quick else ("forward", "both")
+        for dtype, layers in (listed.layers if suite == "layers" else listed.scaling).items():
             for case in layers:
                 names = _providers(suite, kind, dtype, case.batch)
                 make = _bound(layer_trials.trials, suite, case, dtype, device, directions, names)
                 yield Plan(suite, case.case, dtype, make)
     elif suite == "pools":
-        for dtype in listed.pool_dtypes:
-            for pool in listed.pools:
+        for dtype, pools in listed.pools.items():
+            for pool in pools:
                 names = _providers(suite, kind, dtype, pool.batch)
                 yield Plan(suite, pool.case, dtype, _bound(pool_trials.trials, pool, dtype, device, _DIRECTIONS, names))
     elif suite == "overhead":
