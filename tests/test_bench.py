@@ -1,14 +1,14 @@
-"""The CPU benchmark: what it measures passes its gates, what is wrong gets no record, and records are what they say."""
+"""What `fastconv bench` measures passes its gates, what is wrong gets no record, and a run goes on where it was stopped."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from small_bench import CPU, EAGER, EFFORT, LAYER, LISTS, MACHINE, NET, POOL, small  # noqa: F401
 from torch import Tensor, nn
 
 import fastconv
@@ -18,20 +18,11 @@ from fastconv.backends import native
 from fastconv.bench import gate, records, roofline, trial
 from fastconv.bench.audit import Audit
 from fastconv.bench.suites import cases, layer_trials, layers, memory, net_trials, nets, overhead, pool_trials, run
-from fastconv.bench.suites.cases import LayerCase, Net, PoolCase
+from fastconv.bench.suites.cases import LayerCase, PoolCase
 from fastconv.bench.suites.layers import Layer
 from fastconv.bench.suites.run import Selection
-from fastconv.bench.trial import Effort
-from fastconv.models import recipe_net
 
-CPU = torch.device("cpu")
-EFFORT = Effort(3, 0.01)
-MACHINE = records.machine(CPU)
-NET = Net("recipe_net", lambda layers: recipe_net(16, width=8, max_width=16, layers=layers), 4, 16)
-LAYER = LayerCase(Layer(8, 16, 10, pool=2), 2)
-POOL = PoolCase("relu_max_pool2d", 8, 10, 2, (2, 2, 0))
 ALL = ("forward", "backward", "both", "input_grad", "weight_grad")
-EAGER = ("fastconv", "eager_channels_last", "eager_nchw")
 
 needs_library = pytest.mark.skipif(native.unavailable() is not None, reason="needs the compiled library")
 
@@ -265,19 +256,6 @@ def test_a_failing_provider_is_told() -> None:
     assert set(result.records) == set(EAGER)
 
 
-_LAYERS = {"float32": (LAYER,), "bfloat16": (LAYER,)}
-QUICK = cases.Cases(layers=_LAYERS, scaling={"float32": (LAYER,)}, pools={"float32": (POOL,)}, nets=(NET,))
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lists, as short as they can be."""
-    monkeypatch.setattr(cases, "CPU_QUICK", QUICK)
-    monkeypatch.setattr(run, "_QUICK", dict.fromkeys(run.SUITES, EFFORT))
-    monkeypatch.setattr(roofline, "copy_rate", lambda device: 1e10)
-    monkeypatch.setattr(roofline, "matmul_rate", lambda dtype, device: 1e11)
-
-
 @pytest.mark.usefixtures("small")
 def test_suites(tmp_path: Path) -> None:
     said: list[str] = []
@@ -317,7 +295,7 @@ def test_a_case_that_cannot_be_set_up_hides_no_other(tmp_path: Path, monkeypatch
         yield from build(case, *args)
 
     other = dataclasses.replace(POOL, size=12)
-    monkeypatch.setattr(cases, "CPU_QUICK", QUICK._replace(pools={"float32": (POOL, other)}))
+    monkeypatch.setattr(cases, "CPU_QUICK", LISTS._replace(pools={"float32": (POOL, other)}))
     monkeypatch.setattr(pool_trials, "trials", fails)
     said: list[str] = []
     outcome = run.run(Selection(("pools",), quick=True), CPU, tmp_path, said.append)
@@ -367,53 +345,3 @@ def test_lists() -> None:
             (sweep, *_) = cases.of(device, quick).scaling.values()
             axes = [{case.batch for case in sweep}, *({getattr(c.layer, n) for c in sweep} for n in ("size", "in_channels"))]
             assert all(len(axis) >= 3 for axis in axes)
-
-
-def _record(**changes: Any) -> records.Record:
-    times = {"median_ms": 2.0, "q20_ms": 1.5, "q80_ms": 2.5, "runs": 9}
-    gains = {"fastest_stock": "eager_nchw", "over_stock": 1.25, "over_stock_q20": 1.0, "over_stock_q80": 1.5}
-    what = {"suite": "models", "case": "net", "direction": "forward", "dtype": "float32", "provider": "fastconv"}
-    found = {"gate_passed": True, "max_error": 1e-6, "rms_error": 1e-7, "flops": 10, "bytes": None, "roofline_percent": 50.0}
-    rest = dict.fromkeys(("peak_bytes", "saved_bytes", "launches", "copy_gb_per_s", "matmul_tflop_per_s"))
-    return records.Record(**{**what, **times, **gains, **found, **rest, **dataclasses.asdict(MACHINE), **changes})
-
-
-def test_records_come_back(tmp_path: Path) -> None:
-    path = tmp_path / "chip" / "models.json"
-    first, second = _record(), _record(provider="eager_channels_last", peak_bytes=7)
-    records.write(path, [first, second], whole=True)
-    assert records.read(path) == [first, second]
-    (row, _) = json.loads(path.read_text(encoding="utf-8"))
-    wanted = "suite case direction dtype provider median_ms q20_ms q80_ms gate_passed max_error rms_error peak_bytes"
-    assert {*wanted.split(), "chip", "driver", "torch", "triton", "cudnn", "commit", "date"} <= set(row)
-    assert row["chip"] == MACHINE.chip and row["cudnn"] is None and row["torch"] == torch.__version__
-    other = _record(case="another")
-    records.write(path, [other], whole=False)
-    records.write(path, [_record(median_ms=2.1)], whole=False)
-    assert [(r.case, r.median_ms) for r in records.read(path)] == [("another", 2.0), ("net", 2.1)]
-    records.write(path, [other], whole=True)
-    assert records.read(path) == [other]
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"gate_passed": False}, "did not pass its gate"),
-        ({"suite": "speed"}, "suite must be one of"),
-        ({"direction": "sideways"}, "direction must be one of"),
-        ({"dtype": "int8"}, "dtype must be one of"),
-        ({"provider": "somebody"}, "unknown provider"),
-        ({"q20_ms": 3.0}, "not in order"),
-    ],
-)
-def test_what_is_no_record(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        _record(**changes)
-
-
-def test_what_is_no_file_of_records(tmp_path: Path) -> None:
-    path = tmp_path / "records.json"
-    for text, message in (("{}", "a list of records is wanted"), ('[{"suite": "models"}]', "missing"), ("[", "Expecting")):
-        path.write_text(text, encoding="utf-8")
-        with pytest.raises(ValueError, match=message):
-            records.read(path)
