@@ -10,7 +10,11 @@
 #                                   sanitizers; a finding fails. Needs g++; the usual build stays as it is
 #   make docs                       docs/kernels.md, docs/traffic.md, docs/cuda.md: machine code of the kernels and the bytes that they move, no
 #                                   GPU needed
-#   make gpu PART=tests             the tests and a layer timing that need an NVIDIA GPU; results under $(OUT)
+#   make gpu [PART=layers,models]   all that needs an NVIDIA GPU, part after part: tests, tune, layers, models, training, inspect;
+#                                   results under benchmarks/results/<chip>/, and copies in the folder that the variable OUT
+#                                   names. A part ends within LIMIT seconds (480): run it again and it goes on where it
+#                                   stopped. "Error 1" behind the last line: something failed; 3: something is left.
+#                                   `make gpu DEVICE=cpu QUICK=1` rehearses it without a GPU; results under runs/gpu/
 #   make clean                      remove what was built; .venv and runs/ stay
 #
 # PYTHON  the interpreter that .venv is made with (default python3).
@@ -20,8 +24,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PART ?= tests
-OUT ?= runs/gpu
+PART ?=
+DEVICE ?= cuda
+QUICK ?=
+LIMIT ?= 480
 ARGS ?=
 
 export PYTHONUTF8 := 1
@@ -113,14 +119,12 @@ docs: $(stamp)
 	$(python) -m fastconv.cli inspect --arch sm_80,sm_90,sm_100 --markdown docs/kernels.md
 	$(python) tests/emu/device_code.py docs/cuda.md
 
-gpu: $(stamp)
-	@test "$(PART)" = tests || { echo "make gpu: PART must be tests, got PART=$(PART)" >&2; exit 2; }
-	@$(python) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: torch sees no CUDA device')"
-	@mkdir -p "$(OUT)"
-	@status=0; \
-	OUT="$(OUT)" $(python) -m pytest -q -m gpu --junitxml="$(OUT)/tests.xml" || status=$$?; \
-	$(python) -m fastconv.bench.layers --device cuda --out "$(OUT)/layers.json" || status=$$?; \
-	exit $$status
+# Arguments are looked at before anything is built, which takes minutes and is no part's time.
+gpu_arguments = --device "$(DEVICE)" --limit "$(LIMIT)" $(if $(PART),--part "$(PART)") $(if $(QUICK),--quick)
+gpu:
+	@$(PYTHON) -m benchmarks.gpu $(gpu_arguments) --check
+	@$(MAKE) --no-print-directory install
+	@$(python) -m benchmarks.gpu $(gpu_arguments)
 
 install: $(stamp)
 
