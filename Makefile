@@ -4,13 +4,18 @@
 #   make test                       lint, and the tests that take minutes
 #   make verify                     the README as a newcomer types it, and the slow tests
 #   make lint                       ruff; mypy on the package
-#   make bench-cpu [ARGS="--quick"] times nets, training steps and layers against stock torch on this CPU, minutes; records
-#                                   under benchmarks/results/, with --quick (a minute) under runs/bench/
+#   make bench-cpu [ARGS="--suite layers"] times layers, pools, nets and training steps against stock torch on this CPU, some
+#                                   25 minutes; records and pictures under benchmarks/results/
+#   make report                     the README's figures, docs/results.md and docs/numerics.md's table, from those records
 #   make sanitize                   the tests of the C++ kernels on a build of them with address and undefined-behaviour
 #                                   sanitizers; a finding fails. Needs g++; the usual build stays as it is
 #   make docs                       docs/kernels.md, docs/traffic.md, docs/cuda.md: machine code of the kernels and the bytes that they move, no
 #                                   GPU needed
-#   make gpu PART=tests             the tests and a layer timing that need an NVIDIA GPU; results under $(OUT)
+#   make gpu [PART=layers,models]   all that needs an NVIDIA GPU, part after part: tests, tune, layers, models, training, inspect;
+#                                   results under benchmarks/results/<chip>/, and copies in the folder that the variable OUT
+#                                   names. A part ends within LIMIT seconds (480): run it again and it goes on where it
+#                                   stopped. "Error 1" behind the last line: something failed; 3: something is left.
+#                                   `make gpu DEVICE=cpu QUICK=1` rehearses it without a GPU; results under runs/gpu/
 #   make clean                      remove what was built; .venv and runs/ stay
 #
 # PYTHON  the interpreter that .venv is made with (default python3).
@@ -20,8 +25,10 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-PART ?= tests
-OUT ?= runs/gpu
+PART ?=
+DEVICE ?= cuda
+QUICK ?=
+LIMIT ?= 480
 ARGS ?=
 
 export PYTHONUTF8 := 1
@@ -48,7 +55,7 @@ export PIP_NO_INDEX := 1
 export PIP_BREAK_SYSTEM_PACKAGES := 1
 endif
 
-.PHONY: train test verify lint bench-cpu sanitize docs gpu clean install
+.PHONY: train test verify lint bench-cpu report sanitize docs gpu clean install
 
 train: $(stamp)
 	$(python) -m fastconv.cli train $(ARGS)
@@ -77,7 +84,10 @@ else
 endif
 
 bench-cpu: $(stamp)
-	$(python) -m benchmarks.cpu $(ARGS)
+	$(python) -m fastconv.cli bench --device cpu --out benchmarks/results $(ARGS)
+
+report: $(stamp)
+	$(python) -m benchmarks.report
 
 # The sanitized package lies in a folder of its own, in which the tests run: what is imported there is that one, in the
 # processes that tests start too. Neither CPython nor torch is built for leak detection. libstdc++ is preloaded so that the
@@ -113,14 +123,12 @@ docs: $(stamp)
 	$(python) -m fastconv.cli inspect --arch sm_80,sm_90,sm_100 --markdown docs/kernels.md
 	$(python) tests/emu/device_code.py docs/cuda.md
 
-gpu: $(stamp)
-	@test "$(PART)" = tests || { echo "make gpu: PART must be tests, got PART=$(PART)" >&2; exit 2; }
-	@$(python) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'make gpu: torch sees no CUDA device')"
-	@mkdir -p "$(OUT)"
-	@status=0; \
-	OUT="$(OUT)" $(python) -m pytest -q -m gpu --junitxml="$(OUT)/tests.xml" || status=$$?; \
-	$(python) -m fastconv.bench.layers --device cuda --out "$(OUT)/layers.json" || status=$$?; \
-	exit $$status
+# Arguments are looked at before anything is built, which takes minutes and is no part's time.
+gpu_arguments = --device "$(DEVICE)" --limit "$(LIMIT)" $(if $(PART),--part "$(PART)") $(if $(QUICK),--quick)
+gpu:
+	@$(PYTHON) -m benchmarks.gpu $(gpu_arguments) --check
+	@$(MAKE) --no-print-directory install
+	@$(python) -m benchmarks.gpu $(gpu_arguments)
 
 install: $(stamp)
 

@@ -56,6 +56,7 @@ BROKEN: dict[str, tuple[Callable[[Any], object], str]] = {
     "infinity": (_set("entries", 0, "seconds", to=float("inf")), "seconds must be a positive number, got inf"),
     "too large": (_set("entries", 0, "seconds", to=10**400), "seconds must be a positive number, got 1000"),
     "true": (_set("entries", 0, "seconds", to=True), "seconds must be a positive number, got True"),
+    "sources": (_set("entries", 0, "sources", to=7), "entry 0: sources must be of type str"),
     "other": (_set("entries", 0, "others", 0, "seconds", to=None), "entry 0, other 0: seconds must be"),
 }
 

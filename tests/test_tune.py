@@ -249,6 +249,27 @@ def test_results_are_kept_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(tables.read(path, backends.chip("cpu"))) == 2
 
 
+def test_a_search_goes_on_where_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*options: str) -> tuple[int, int]:
+        """Status, and how many calls were measured."""
+        status = main(["tune", "--model", f"{_net_file(tmp_path)}:net", *arguments, *options])
+        return status, capsys.readouterr().out.count("×, ")
+
+    arguments = ["--device", "cpu", "--input", "2x4x8x8", "--budget", "0.01", "--resume"]
+    path, chip = tables.user_file(backends.chip("cpu")), backends.chip("cpu")
+    assert run("--seconds", "1e-9") == (3, 1)
+    first = tables.read(path, chip)
+    status, measured = run()
+    entries = tables.read(path, chip)
+    assert status == 0 and len(first) == 1 and set(first) <= set(entries), "what was there stays as it was"
+    assert measured == len(entries) - 1 > 1
+    assert run() == (0, 0)
+    monkeypatch.setattr(tune.sources, "digest", lambda: "other")
+    assert run() == (0, len(entries)), "other sources' measurements are none of these"
+
+
 def test_a_search_that_is_stopped_is_effective(monkeypatch: pytest.MonkeyPatch) -> None:
     seconds = {"native": 2e-3, "aten": 1e-3}
     monkeypatch.setattr(tune, "compare", lambda calls, **_: {name: tune.Timing((seconds[name],) * 3) for name in calls})

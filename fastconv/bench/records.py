@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import hashlib
-import importlib.metadata
 import json
 import re
 import subprocess
@@ -16,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-import fastconv
 from fastconv import backends
+from fastconv.bench import sources
 from fastconv.tuning import tables
 
 SUITES = ("layers", "pools", "models", "training", "overhead", "scaling")
@@ -69,7 +67,7 @@ def machine(device: torch.device) -> Machine:
         chip=backends.chip(device.type, device.index or 0),
         driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else None,
         torch=torch.__version__,
-        triton=_version("triton"),
+        triton=tables.version("triton"),
         cudnn=str(torch.backends.cudnn.version()) if on_gpu else None,
         commit=_commit(),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -214,29 +212,12 @@ def _row(record: Record) -> dict[str, Any]:
     return {name: float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value for name, value in row.items()}
 
 
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def _commit() -> str:
     described = _output("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     if described is not None and not described.endswith("-dirty"):
         return described
-    digest = _digest()
+    digest = sources.digest(with_tables=True)
     return f"sources-{digest}" if described is None else f"{described}-{digest}"
-
-
-def _digest() -> str:
-    """Of the files of the package, compiled libraries aside: whoever measures goes on only where they are the same."""
-    root = Path(fastconv.__file__).parent
-    digest = hashlib.sha256()
-    for file in sorted(root.rglob("*")):
-        if file.suffix in (".py", ".json"):
-            digest.update(f"{file.relative_to(root)}\0".encode() + file.read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def _output(*command: str) -> str | None:

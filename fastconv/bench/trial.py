@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from fastconv import backends
-from fastconv.bench import saved, timing
+from fastconv.bench import kernels, saved, timing
 from fastconv.bench.records import Machine, Record, is_ours
 from fastconv.bench.roofline import Rates
 from fastconv.bench.timing import Timing
@@ -193,9 +193,7 @@ def _memory(trial: Trial, provider: str) -> dict[str, Any]:
         call()
         torch.cuda.synchronize(trial.device)
         peak = torch.cuda.max_memory_allocated(trial.device) - before
-        from fastconv.bench import kernels
-
-        launches = kernels.count_launches(call)
+        launches = kernels.count_launches(call, trial.device)
     return {"peak_bytes": peak, "saved_bytes": kept, "launches": launches}
 
 

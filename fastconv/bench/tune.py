@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fastconv import backends, tuning
-from fastconv.bench import gate
+from fastconv.bench import gate, sources
 from fastconv.bench.audit import winners
 from fastconv.bench.timing import Timing, compare, ratio
 from fastconv.geometry import ConvGeometry, PoolGeometry
@@ -106,15 +106,22 @@ def tune(
     """
     if path.is_file():
         tables.read(path, backends.chip(device.type, device.index))  # not found foreign only after minutes of measuring
+    made_with = sources.digest()
     try:
         for call in calls:
             measurement = measure(call, device, budget / len(calls), rounds)
             entry = measurement.entry()
             if entry is not None:
-                tables.write(path, call.chip, [entry])
+                tables.write(path, call.chip, [entry._replace(sources=made_with)])
             yield measurement
     finally:  # whoever stops early has written entries too
         tuning.forget()
+
+
+def measured(path: Path, chip: str) -> set[Call]:
+    """The calls that the table at `path` has, if there is one, from these very sources and versions."""
+    made_with = sources.digest()
+    return {entry.call for entry in tables.read(path, chip) if entry.sources == made_with} if path.is_file() else set()
 
 
 def measure(call: Call, device: torch.device, most_seconds: float, rounds: int = 20) -> Measurement:
@@ -136,13 +143,8 @@ def _measure(call: Call, device: torch.device, most_seconds: float, rounds: int)
 
         return run
 
-    timings = compare(
-        {str(candidate): runner(candidate) for candidate in right},
-        device=device,
-        rounds=rounds,
-        most_seconds=most_seconds,
-        queued=True,
-    )
+    calls = {str(candidate): runner(candidate) for candidate in right}
+    timings = compare(calls, device=device, rounds=rounds, most_seconds=most_seconds, queued=True)
     by_candidate = {candidate: timings[str(candidate)] for candidate in right}
     winner = min(right, key=lambda candidate: by_candidate[candidate].median)
     usual = next((candidate for candidate in tuning.pick(*call) if candidate in right), winner)

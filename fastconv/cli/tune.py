@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import math
 import re
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -52,11 +53,19 @@ def add(commands: Any) -> None:
     option("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ... (default: auto)")
     option("--out", type=Path, help="the table to write (default: this chip's in the user's cache directory, which is read)")
     option("--budget", type=_seconds, default=60.0, help="seconds of timed runs in all (default: 60)")
+    option("--resume", action="store_true", help="leave out calls that the table has from these very sources and versions")
+    option(
+        "--seconds",
+        type=_seconds,
+        default=math.inf,
+        help="begin no call when so many seconds have passed, compiling included; status 3 if some are left",
+    )
     parser.set_defaults(run=run)
 
 
-def run(options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> int:
     """Observe a step, measure its calls, print each winner."""
+    start = time.monotonic()
     device = torch.device(arguments.device(options.device))
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {options.device}: allowed: auto, cpu, cuda, cuda:1, ...")
@@ -67,14 +76,27 @@ def run(options: argparse.Namespace) -> None:
     path = options.out or tables.user_file(chip)
     print(f"{chip}; torch {torch.__version__}; {options.model}, {'x'.join(map(str, shape))}, {dtype}")
     calls = _observe(options.model, shape, dtype, device)
+    if options.resume:
+        known = calls.keys() & tune.measured(path, chip)
+        print(f"{len(known)} of {len(calls)} calls were measured before: {path}")
+        calls = Counter({call: count for call, count in calls.items() if call not in known})
+        if not calls:
+            return 0
     print(f"{len(calls)} calls; each: times in a step, winner, median (20%–80%), aten / winner")
-    written = 0
+    written = done = 0
     for measurement in tune.tune(calls, device, path, budget=options.budget):
         print(f"{measurement.call}: {calls[measurement.call]}×, {_outcome(measurement)}", flush=True)
         for candidate, reason in measurement.rejected.items():
             print(f"    not {candidate}: {reason.splitlines()[0] if reason else 'no reason given'}")
         written += measurement.winner is not None
+        done += 1
+        if time.monotonic() - start > options.seconds:
+            break
     print(f"{written} entries written: {path}" if written else "nothing written: no call had two candidates to choose from")
+    if done < len(calls):
+        print(f"stopped after {options.seconds:g} s: {len(calls) - done} of {len(calls)} calls are left, for --resume")
+        return 3
+    return 0
 
 
 def _observe(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Counter[Call]:

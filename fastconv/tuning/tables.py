@@ -3,7 +3,8 @@
 {"format": 1, "chip": "NVIDIA H100 80GB HBM3 sm_90", "written_by": {"fastconv": …, "torch": …, "triton": …}, "entries": [
 {"op": "conv2d_relu", "direction": "forward", "dtype": "bfloat16", "tf32": false, "channels_last": true,
  "geometry": {"input": [N, C, H, W], "weight": [O, C / groups, KH, KW], "stride": […], …},
- "candidate": {"backend": "triton", "kernel": "pointer", "config": {…}}, "seconds": 3.1e-05, "others": [{…, "seconds": …}]}]}
+ "candidate": {"backend": "triton", "kernel": "pointer", "config": {…}}, "seconds": 3.1e-05, "others": [{…, "seconds": …}],
+ "sources": "5f1c22ab"}]}
 
 A user's tables lie in the platform's cache directory, those that come with fastconv beside this file; a user's entry goes
 before a shipped one. A file that is corrupt, of another chip or of a newer format is reported once and ignored.
@@ -46,12 +47,13 @@ _reported: set[tuple[Path, str]] = set()
 
 
 class Entry(NamedTuple):
-    """What was measured for a call: the winner, its median seconds, and those of the other candidates."""
+    """What was measured for a call: the winner, its median seconds, those of the other candidates, and the sources."""
 
     call: Call
     candidate: Candidate
     seconds: float
     others: tuple[tuple[Candidate, float], ...] = ()
+    sources: str = ""
 
     def medians(self) -> dict[Candidate, float]:
         """Every measured candidate's seconds, the winner first and then the fastest."""
@@ -222,7 +224,7 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _replace(path: Path, chip: str, entries: Iterable[Entry]) -> None:
-    versions = {name: _version(name) for name in ("fastconv", "torch", "triton")}
+    versions = {name: version(name) for name in ("fastconv", "torch", "triton")}
     head = json.dumps({"format": FORMAT, "chip": chip, "written_by": versions}, ensure_ascii=False)
     lines = [json.dumps(_to_json(entry), ensure_ascii=False) for entry in sorted(entries, key=_sort_key)]
     text = head[:-1] + ', "entries": [\n' + ",\n".join(lines) + "\n]}\n"
@@ -237,7 +239,8 @@ def _replace(path: Path, chip: str, entries: Iterable[Entry]) -> None:
         raise
 
 
-def _version(distribution: str) -> str | None:
+def version(distribution: str) -> str | None:
+    """Of what is installed; None where it is not."""
     try:
         return importlib.metadata.version(distribution)
     except importlib.metadata.PackageNotFoundError:
@@ -269,6 +272,7 @@ def _to_json(entry: Entry) -> dict[str, object]:
         "candidate": _candidate_to_json(entry.candidate),
         "seconds": _rounded(entry.seconds),
         "others": [{**_candidate_to_json(candidate), "seconds": _rounded(seconds)} for candidate, seconds in entry.others],
+        "sources": entry.sources,
     }
 
 
@@ -319,7 +323,8 @@ def _entry(row: Any, chip: str, where: str) -> Entry:
         place = f"{where}, other {number}"
         others.append((_candidate(_typed(other, dict, place), place), _seconds(other, place)))
     candidate = _candidate(_field(row, "candidate", dict, where), where)
-    return Entry(call, candidate, _seconds(row, where), tuple(others))
+    sources = _field(row, "sources", str, where) if "sources" in row else ""
+    return Entry(call, candidate, _seconds(row, where), tuple(others), sources)
 
 
 def _geometry(op: str, direction: str, row: dict[str, Any], where: str) -> ConvGeometry | PoolGeometry:
