@@ -17,7 +17,7 @@ def digest(*folders: Path, with_tables: bool = False) -> str:
     """Of the package, of csrc where it lies beside the package, of `folders`, and of torch's and Triton's versions.
 
     Args:
-        with_tables: the package's tables of measurements count too. Whoever measures them leaves them out: they change meanwhile.
+        with_tables: the tables of measurements count too. Whoever measures them leaves them out: they change meanwhile.
     """
     found = hashlib.sha256()
     for library in _LIBRARIES:
