@@ -38,7 +38,7 @@ def paint(drawn: list[Record], directions: Mapping[str, str]) -> Any:
                 axis.set_minor_formatter(NullFormatter())
         row[0].set_ylabel(f"{directions[direction]}\n{unit}")
     for column, dtype in zip(grid.T, dtypes, strict=True):
-        column[0].set_title(sheet.dtype_label(dtype))
+        column[0].set_title(pairs.dtype_label(dtype))
         rates = _roof(column, [r for r in drawn if r.dtype == dtype], scale, unit)
         column[-1].set_xlabel("FLOP a byte" + rates)
     ours, stock = sheet.marker("fastconv", "o", sheet.OURS), sheet.marker("fastest of stock torch", "o", sheet.STOCK, False)
