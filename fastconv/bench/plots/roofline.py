@@ -72,8 +72,8 @@ def _roof(column: Sequence[Any], drawn: list[Record], scale: float, unit: str) -
         return ""
     top, slope = matmul * 1e12 / scale, copy * 1e9 / scale
     bend = top / slope
-    left, right = column[0].get_xlim()
-    left, right = min(left, bend / 1.5), max(right, bend * 1.5)
+    at = [bend, *(_intensity(r) for r in drawn)]
+    left, right = min(at) / 1.5, max(at) * 1.5
     for axes in column:
         axes.plot((left, bend, right), (left * slope, top, top), color="black", linewidth=1, zorder=1)
         axes.set_xlim(left, right)
