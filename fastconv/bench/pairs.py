@@ -37,6 +37,11 @@ def split(case: str) -> tuple[str, int | None]:
     return (case, None) if found is None else (found[1] + (found[3] or ""), int(found[2]))
 
 
+def dtype_label(dtype: str) -> str:
+    """'float32, ieee' of 'float32_ieee'."""
+    return "TF32" if dtype == "tf32" else dtype.replace("_", ", ")
+
+
 def span(values: Iterable[str | None]) -> str:
     """What they all are, or 'first to last'; empty of none."""
     known = sorted({value for value in values if value is not None})

@@ -60,7 +60,7 @@ def paint(drawn: list[Record], title: str, directions: Mapping[str, str]) -> Any
             )
             _diamonds(axes, {places[what]: of[what, ends[1]] for what, ends in rows.items() if (what, *ends[1:]) in of})
         axes.axvline(1, color="black", linewidth=0.9)
-        axes.set_title(sheet.dtype_label(dtype))
+        axes.set_title(pairs.dtype_label(dtype))
         axes.grid(axis="x")
     _scale(panels[0], drawn)
     labels = [what if shared or batch is None else f"{what} batch {batch}" for what, (batch, *_) in rows.items()]

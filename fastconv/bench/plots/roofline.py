@@ -38,7 +38,7 @@ def paint(drawn: list[Record], directions: Mapping[str, str]) -> Any:
                 axis.set_minor_formatter(NullFormatter())
         row[0].set_ylabel(f"{directions[direction]}\n{unit}")
     for column, dtype in zip(grid.T, dtypes, strict=True):
-        column[0].set_title(sheet.dtype_label(dtype))
+        column[0].set_title(pairs.dtype_label(dtype))
         rates = _roof(column, [r for r in drawn if r.dtype == dtype], scale, unit)
         column[-1].set_xlabel("FLOP a byte" + rates)
     ours, stock = sheet.marker("fastconv", "o", sheet.OURS), sheet.marker("fastest of stock torch", "o", sheet.STOCK, False)
@@ -72,8 +72,8 @@ def _roof(column: Sequence[Any], drawn: list[Record], scale: float, unit: str) -
         return ""
     top, slope = matmul * 1e12 / scale, copy * 1e9 / scale
     bend = top / slope
-    left, right = column[0].get_xlim()
-    left, right = min(left, bend / 1.5), max(right, bend * 1.5)
+    at = [bend, *(_intensity(r) for r in drawn)]
+    left, right = min(at) / 1.5, max(at) * 1.5
     for axes in column:
         axes.plot((left, bend, right), (left * slope, top, top), color="black", linewidth=1, zorder=1)
         axes.set_xlim(left, right)

@@ -67,7 +67,7 @@ def paint(drawn: list[Record], directions: Mapping[str, str]) -> Any:
             axes.minorticks_off()
             axes.set_ylim(bottom=0)
             axes.grid()
-        row[0].set_ylabel(f"{sheet.dtype_label(dtype)}\n{unit}")
+        row[0].set_ylabel(f"{pairs.dtype_label(dtype)}\n{unit}")
     handles = []
     for direction in shown:
         look = list(directions).index(direction)

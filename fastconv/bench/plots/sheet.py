@@ -73,10 +73,5 @@ def marker(label: str, marker: str, colour: str, filled: bool = True, line: Any 
     return Line2D([], [], label=label, marker=marker, color=colour, linestyle=line, markersize=4, markerfacecolor=face)
 
 
-def dtype_label(dtype: str) -> str:
-    """'float32, ieee' of 'float32_ieee'."""
-    return "TF32" if dtype == "tf32" else dtype.replace("_", ", ")
-
-
 def present(names: Sequence[str], used: Sequence[str]) -> list[str]:
     return [name for name in names if name in used]
