@@ -6,6 +6,7 @@ zero sends its gradient elsewhere, which says nothing about the backward.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -36,6 +37,23 @@ def conv_runs() -> Iterator[Any]:
     for case in TRITON_CONVS:
         for dtype in DTYPES[:2]:
             yield pytest.param(case, dtype, "triton", id=f"{case.name}-{ids(dtype)}-triton")
+
+
+def laid_out(runs: Iterator[Any], rules: dict[str, Any] | None = None) -> Iterator[Any]:
+    """The runs, each with every one of `rules`, in both layouts.
+
+    Triton's interpreter takes float32 in channels_last and bfloat16 in the other layout, and windows of 256 positions, which
+    are seconds each, once. The rest of its runs are slow tests: tests/test_triton_kernels.py has the kernels in every dtype.
+    """
+    for run, (name, rule), layout in itertools.product(runs, (rules or {"": None}).items(), LAYOUTS):
+        case, dtype, backend = run.values
+        (memory_format,) = layout.values
+        wanted = (memory_format == torch.channels_last) == (dtype == torch.float32)
+        if case.name == "window_of_256":
+            wanted = wanted and dtype == torch.float32 and name in ("plain", "with_pad")
+        marks = [pytest.mark.slow] if backend == "triton" and not wanted else []
+        values = (case, dtype, backend, *(() if rules is None else (rule,)), memory_format)
+        yield pytest.param(*values, id="-".join(filter(None, (run.id, name, layout.id))), marks=marks)
 
 
 def gpu_conv_runs() -> Iterator[Any]:
@@ -136,8 +154,7 @@ def tf32(device: str, dtype: torch.dtype) -> bool:
     return device == "cuda" and dtype == torch.float32
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize(("case", "dtype", "backend"), list(conv_runs()))
+@pytest.mark.parametrize(("case", "dtype", "backend", "layout"), list(laid_out(conv_runs())))
 def test_conv2d(case: ConvCase, dtype: torch.dtype, backend: str, layout: torch.memory_format, device: str) -> None:
     conv = Conv(case, dtype, device, layout, backend)
     with fastconv.use_backend(backend):
@@ -154,9 +171,9 @@ def test_conv2d(case: ConvCase, dtype: torch.dtype, backend: str, layout: torch.
         conv.check_grads(output, grad, grad.double(), [], tf32(device, dtype))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize(("case", "dtype", "backend"), list(conv_runs()))
+@pytest.mark.parametrize(
+    ("case", "dtype", "backend", "with_residual", "layout"), list(laid_out(conv_runs(), {"plain": False, "residual": True}))
+)
 def test_conv2d_relu(
     case: ConvCase, dtype: torch.dtype, backend: str, with_residual: bool, layout: torch.memory_format, device: str
 ) -> None:
@@ -172,9 +189,9 @@ def test_conv2d_relu(
     conv.check_grads(output, grad, masked, [] if residual is None else [residual], tf32(device, dtype))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("pool", WINDOWS)
-@pytest.mark.parametrize(("case", "dtype", "backend"), list(conv_runs()))
+@pytest.mark.parametrize(
+    ("case", "dtype", "backend", "pool", "layout"), list(laid_out(conv_runs(), {name: name for name in WINDOWS}))
+)
 def test_conv2d_relu_max_pool2d(
     case: ConvCase, dtype: torch.dtype, backend: str, pool: str, layout: torch.memory_format, device: str
 ) -> None:
@@ -230,9 +247,9 @@ def assert_winner_is_maximum(winner: Tensor, maximum: Tensor, allowed: tuple[flo
     assert (maximum - winner <= 2 * (relative * maximum.abs() + absolute * scale)).all()
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("relu", [False, True], ids=["plain", "relu"])
-@pytest.mark.parametrize(("case", "dtype", "backend"), list(pool_runs()))
+@pytest.mark.parametrize(
+    ("case", "dtype", "backend", "relu", "layout"), list(laid_out(pool_runs(), {"plain": False, "relu": True}))
+)
 def test_max_pool2d(
     case: PoolCase, dtype: torch.dtype, backend: str, relu: bool, layout: torch.memory_format, device: str
 ) -> None:
@@ -286,9 +303,15 @@ def test_a_window_without_a_pixel_has_no_winner(backend: str, device: str) -> No
     assert torch.equal(torch.autograd.grad(output.sum(), x)[0], torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rule", [(True, None), (False, None), (True, 3)], ids=["with_pad", "without_pad", "divisor"])
-@pytest.mark.parametrize(("case", "dtype", "backend"), list(pool_runs()))
+RULES = {"with_pad": (True, None), "without_pad": (False, None), "divisor": (True, 3)}
+
+
+def averaged_runs() -> Iterator[Any]:
+    """Average pooling has no dilation."""
+    return (run for run in pool_runs() if run.values[0].dilation == 1)
+
+
+@pytest.mark.parametrize(("case", "dtype", "backend", "rule", "layout"), list(laid_out(averaged_runs(), RULES)))
 def test_avg_pool2d(
     case: PoolCase,
     dtype: torch.dtype,
@@ -297,8 +320,6 @@ def test_avg_pool2d(
     layout: torch.memory_format,
     device: str,
 ) -> None:
-    if case.dilation != 1:
-        pytest.skip("average pooling has no dilation")
     x = make(case.input, dtype, device, layout)
     exact = x.detach().double().requires_grad_()
     args = (case.kernel_size, case.stride, case.padding, case.ceil_mode, *rule)

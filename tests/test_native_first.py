@@ -162,15 +162,26 @@ def spoiled(tensor: Tensor, share: float = 0.002) -> Tensor:
 def direct(x: Tensor, weight: Tensor, g: ConvGeometry) -> Tensor:
     """The convolution by its definition in float64: what lies outside the map is no term of a sum."""
     output = torch.zeros(g.output_shape, dtype=torch.float64)
+    for kh, kw, seen, reached in taps(g):
+        terms = x[seen].double()[:, None] * weight[None, :, :, kh, kw, None, None].double()
+        output[reached] += terms.sum(2)
+    return output
+
+
+def taps(g: ConvGeometry) -> Iterator[tuple[int, int, tuple[Any, ...], tuple[Any, ...]]]:
+    """Taps, the pixels of the map that each reads, and those of the output that it reads them for."""
+
+    def reach(tap: int, stride: int, padding: int, size: int, outputs: int) -> tuple[slice, slice]:
+        reached = [at for at in range(outputs) if 0 <= at * stride + tap - padding < size]
+        start, count = (reached[0], len(reached)) if reached else (0, 0)
+        first = start * stride + tap - padding if reached else 0
+        return slice(first, first + count * stride, stride), slice(start, start + count)
+
     for kh in range(g.kernel_height):
         for kw in range(g.kernel_width):
-            for row in range(g.out_height):
-                for column in range(g.out_width):
-                    h, w = row * g.stride_h + kh - g.pad_h, column * g.stride_w + kw - g.pad_w
-                    if 0 <= h < g.height and 0 <= w < g.width:
-                        terms = x[:, None, :, h, w].double() * weight[None, :, :, kh, kw].double()
-                        output[:, :, row, column] += terms.sum(2)
-    return output
+            h, row = reach(kh, g.stride_h, g.pad_h, g.height, g.out_height)
+            w, column = reach(kw, g.stride_w, g.pad_w, g.width, g.out_width)
+            yield kh, kw, (..., h, w), (..., row, column)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -209,14 +220,9 @@ class TestNotFinite:
 
 def _direct_weight_grad(x: Tensor, grad: Tensor, g: ConvGeometry) -> Tensor:
     weight = torch.zeros(g.weight_shape, dtype=torch.float64)
-    for kh in range(g.kernel_height):
-        for kw in range(g.kernel_width):
-            for row in range(g.out_height):
-                for column in range(g.out_width):
-                    h, w = row * g.stride_h + kh - g.pad_h, column * g.stride_w + kw - g.pad_w
-                    if 0 <= h < g.height and 0 <= w < g.width:
-                        terms = grad[:, :, None, row, column] * x[:, None, :, h, w].double()
-                        weight[:, :, kh, kw] += terms.sum(0)
+    for kh, kw, seen, reached in taps(g):
+        terms = grad[reached][:, :, None] * x[seen].double()[:, None]
+        weight[:, :, kh, kw] += terms.sum((0, 3, 4))
     return weight
 
 
@@ -252,7 +258,8 @@ def test_bits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
             ), name
 
 
-@pytest.mark.parametrize("capability", ["avx512", "avx2", "default"])
+# With AVX-512 a machine runs the tests above by it.
+@pytest.mark.parametrize("capability", [pytest.param("avx512", marks=pytest.mark.slow), "avx2", "default"])
 def test_other_instruction_sets(capability: str) -> None:
     """The same tests again, on a process that is kept from this machine's best instructions."""
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
@@ -314,10 +321,17 @@ def layer(kind: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return FC.conv2d_relu_max_pool2d(x, weight, bias, 1, 1, pool_ceil_mode=kind == "ceil")
 
 
-@pytest.mark.parametrize("backend", ["auto", "native", "aten", "triton"])
+@pytest.mark.parametrize(
+    ("layout", "backend"),
+    [
+        pytest.param(layout, backend, id=f"{name}-{backend}", marks=[pytest.mark.slow] * interpreted)
+        for name, layout in (("channels_last", CHANNELS_LAST), ("contiguous", torch.contiguous_format))
+        for backend in ("auto", "native", "aten", "triton")
+        for interpreted in (name == "contiguous" and backend == "triton",)
+    ],
+)
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("kind", ["relu", "pool", "ceil", "3x3 pool"])
-@pytest.mark.parametrize("layout", [CHANNELS_LAST, torch.contiguous_format], ids=["channels_last", "contiguous"])
 def test_gradient_is_that_of_the_composed_path(
     kind: str, with_bias: bool, backend: str, layout: torch.memory_format
 ) -> None:

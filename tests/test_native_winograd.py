@@ -246,7 +246,8 @@ def test_calls_of_several_threads_do_not_meet() -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
+# With AVX-512 a machine runs the tests above by it.
+@pytest.mark.parametrize("capability", ["default", "avx2", pytest.param("avx512", marks=pytest.mark.slow)])
 def test_instruction_sets(capability: str) -> None:
     """Every instruction set that this machine runs is right, tails and all; bits may differ between them."""
     code = (

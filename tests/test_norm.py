@@ -59,14 +59,18 @@ MOMENTUM, EPS = 0.3, 1e-3
 
 
 def runs() -> Iterator[Any]:
-    """float16 differs from bfloat16 in the kernels' own conversions only."""
+    """float16 differs from bfloat16 in the kernels' own conversions only.
+
+    In the interpreter, whose kernels are tested in every dtype elsewhere, two cases stand for float16 and for NCHW.
+    """
     for case in CASES:
         for backend in ("triton", "native", "aten"):
             for dtype in DTYPES if backend == "triton" else DTYPES[:2]:
                 for layout in LAYOUTS if dtype == torch.float32 and backend != "native" else LAYOUTS[:1]:
-                    yield pytest.param(
-                        case, dtype, backend, *layout.values, id=f"{case.name}-{ids(dtype)}-{backend}-{layout.id}"
-                    )
+                    usual = dtype != torch.float16 and layout is LAYOUTS[0]
+                    slow = backend == "triton" and not usual and case.name not in ("c8", "c8_pool")
+                    name = f"{case.name}-{ids(dtype)}-{backend}-{layout.id}"
+                    yield pytest.param(case, dtype, backend, *layout.values, id=name, marks=[pytest.mark.slow] * slow)
         yield pytest.param(case, torch.float64, "auto", torch.channels_last, id=f"{case.name}-float64-auto")
 
 

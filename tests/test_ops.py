@@ -113,14 +113,26 @@ OPERATORS = [
 ]
 
 
-@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format], ids=["channels_last", "contiguous"])
+# All that opcheck does, and what of it can depend on a layout: a trace in a second one is a slow test.
+EVERY = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+LAID_OUT = ("test_schema", "test_faketensor")
+
+
+@pytest.mark.parametrize(
+    ("layout", "checks"),
+    [
+        pytest.param(torch.channels_last, EVERY, id="channels_last"),
+        pytest.param(torch.contiguous_format, LAID_OUT, id="contiguous"),
+        pytest.param(torch.contiguous_format, EVERY, id="contiguous-traced", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("backend", ["aten", "native", "triton"])
 @pytest.mark.parametrize("op", OPERATORS)
-def test_opcheck(op: str, backend: str, layout: torch.memory_format, device: str) -> None:
+def test_opcheck(op: str, backend: str, layout: torch.memory_format, checks: tuple[str, ...], device: str) -> None:
     """Schema, fake (shapes, dtypes, strides), autograd registration and AOT dispatch with dynamic shapes."""
     with _unpoisoned():
         for args in samples(op, device, layout):
-            torch.library.opcheck(getattr(ops, op).default, (*args, backend))
+            torch.library.opcheck(getattr(ops, op).default, (*args, backend), test_utils=checks)
 
 
 def test_opcheck_indices() -> None:
@@ -151,8 +163,16 @@ def operands(batch: int = 2, device: str = "cpu") -> list[Tensor]:
     return [make(s, torch.float32, device, cl if len(s) == 4 else torch.contiguous_format) for s in shapes]
 
 
-@pytest.mark.parametrize("backend", ["auto", "aten", "native", "triton"])
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("dynamic", "backend"),
+    [
+        # The backend is an argument of the operators, of which tracing sees nothing but the fakes, the same for all.
+        pytest.param(dynamic, backend, marks=[pytest.mark.slow] * (dynamic and backend != "auto"))
+        for dynamic in (False, True)
+        for backend in ("auto", "aten", "native", "triton")
+    ],
+    ids=lambda value: ("static", "dynamic")[value] if isinstance(value, bool) else value,
+)
 def test_compiles_without_a_graph_break(backend: str, dynamic: bool, device: str) -> None:
     """aot_eager runs the traced forward and backward graphs: a gradient that tracing lost would show."""
     torch._dynamo.reset()

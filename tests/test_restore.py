@@ -29,7 +29,6 @@ FEW = ["lenet5", "vgg11_bn", "resnet_basic", "residual_sequential", "efficientne
 SAVED = [*FEW, "googlenet", "resnet_bottleneck", "preact_in_place", "network_in_network", "hooks_record"]
 
 few = pytest.mark.parametrize("name", FEW)
-saved = pytest.mark.parametrize("name", SAVED)
 # Nets whose forward torch.export and fullgraph compilation take.
 TRACEABLE = ["lenet5", "vgg11_bn", "resnet_basic", "residual_sequential", "car_truck", "unet"]
 traceable = pytest.mark.parametrize("name", TRACEABLE)
@@ -78,8 +77,15 @@ def _assert_same(actual: list[Any], expected: list[Any]) -> None:
             assert leaf == wanted
 
 
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize("name", BY_NAME)
+@pytest.mark.parametrize(
+    ("name", "inplace"),
+    [
+        # The copy of a net that is converted is restored by the same means.
+        pytest.param(name, inplace, id=f"{name}-{inplace}", marks=[pytest.mark.slow] * (not inplace and name not in SAVED))
+        for inplace in (False, True)
+        for name in BY_NAME
+    ],
+)
 def test_restore_gives_the_very_net(name: str, inplace: bool) -> None:
     net = fresh(BY_NAME[name], torch.float32)
     settings, tensors, keys = _settings(net), _tensors(net), list(net.state_dict())
@@ -179,8 +185,20 @@ def _state(net: nn.Module, path: Path) -> nn.Module:
     return net
 
 
-@saved
-@pytest.mark.parametrize("way", [_pickled, _saved, _state])
+# torch.save pickles too; a state is of tensors, whatever the net.
+_FILES = [(_pickled, name) for name in SAVED] + [
+    (way, name) for way in (_saved, _state) for name in ("lenet5", "resnet_basic")
+]
+
+
+@pytest.mark.parametrize(
+    ("way", "name"),
+    [
+        pytest.param(way, name, id=f"{way.__name__}-{name}", marks=[pytest.mark.slow] * ((way, name) not in _FILES))
+        for way in (_pickled, _saved, _state)
+        for name in SAVED
+    ],
+)
 def test_files(name: str, way: Callable[[nn.Module, Path], nn.Module], tmp_path: Path) -> None:
     net = way(convert(fresh(BY_NAME[name], torch.float64)), tmp_path)
     assert isinstance(net, type(fresh(BY_NAME[name], torch.float32)))

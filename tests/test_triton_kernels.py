@@ -142,10 +142,13 @@ def test_weight_grad(case: ConvCase, dtype: torch.dtype) -> None:
     g, policy = _conv(case), Policy(dtype)
     grad, x = _random(g.output_shape, dtype), _random(case.input, dtype)
     expected = _oracle(aten.conv2d_weight_grad, grad, x, g, policy)
-    for plan in _plans("conv2d", "weight_grad", g, policy):
+    plans = _plans("conv2d", "weight_grad", g, policy)
+    for plan in plans:
         actual = triton.conv2d_weight_grad(grad, x, g, policy, plan)
         assert_close(actual.cpu(), expected, dtype, g.out_pixels, str(plan))
-        assert torch.equal(actual, triton.conv2d_weight_grad(grad, x, g, policy, plan)), f"not the same twice, {plan}"
+        if DEVICE == "cuda" or plan == plans[0]:  # the interpreter runs programs in one order
+            again = triton.conv2d_weight_grad(grad, x, g, policy, plan)
+            assert torch.equal(actual, again), f"not the same twice, {plan}"
 
 
 _POOLED = ["3x3", "3x3_s2_odd", "3x3_s2", "groups_2", "odd_channels", "small_maps", "48_taps", "two_blocks_of_pixels"]
@@ -207,8 +210,16 @@ def test_nonfinite_forward(shape: tuple[int, int, int, int], dtype: torch.dtype)
         assert torch.equal(code, expected_code), str(plan)
 
 
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("shape", [(3, 16, 7, 7), (2, 16, 5, 13), (1, 16, 27, 9), (2, 16, 5, 8), (70, 16, 4, 4)], ids=str)
+# By a stride of 2 the boxes are the same, over maps that are twice as large: two of the shapes stand for all.
+OVERHUNG = [(3, 16, 7, 7), (2, 16, 5, 8), (2, 16, 5, 13), (1, 16, 27, 9), (22, 16, 4, 4)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride"),
+    [pytest.param(shape, 1, id=f"{shape}-1") for shape in OVERHUNG]
+    + [pytest.param(shape, 2, id=f"{shape}-2") for shape in OVERHUNG[:2]]
+    + [pytest.param(shape, 2, id=f"{shape}-2", marks=pytest.mark.slow) for shape in OVERHUNG[2:]],
+)
 def test_nonfinite_weight_grad(shape: tuple[int, int, int, int], stride: int) -> None:
     """Only taps that see a NaN or an infinity have one; tiles and boxes of a GPU overhang these maps."""
     shape = (*shape[:2], *(size * stride for size in shape[2:]))

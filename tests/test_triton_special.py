@@ -56,11 +56,14 @@ DEPTHWISE = [
     ConvCase("dw_3x3_wide_padding", (1, 3, 5, 6), 3, (3, 3), padding=3, groups=3),
 ]
 CASES = [*FIRST, *GROUPED, *DEPTHWISE]
-HALF = ["5_channels_stride_2_1", "stem_odd", "3x4_to_6", "8x8_s2_dilated", "dw_3x3", "dw_3x3_s2"]
+HALF = ["5_channels_stride_2_1", "stem_odd", "3x4_to_6", "dw_3x3", "dw_3x3_s2"]
+SLOW_HALF = ["8x8_s2_dilated"]
 BY_NAME = {case.name: case for case in CASES}
 every_case = pytest.mark.parametrize(
     ("case", "dtype"),
-    [(case, torch.float32) for case in CASES] + [(BY_NAME[name], dtype) for name in HALF for dtype in DTYPES[1:]],
+    [(case, torch.float32) for case in CASES]
+    + [(BY_NAME[name], dtype) for name in HALF for dtype in DTYPES[1:]]
+    + [pytest.param(BY_NAME[name], dtype, marks=pytest.mark.slow) for name in SLOW_HALF for dtype in DTYPES[1:]],
     ids=ids,
 )
 
@@ -146,17 +149,23 @@ def test_gradients(case: ConvCase, dtype: torch.dtype) -> None:
         grad_x = triton.conv2d_input_grad(grad, weight, g, policy, plan)
         assert_close(grad_x.cpu(), expected, dtype, g.taps * g.group_out_channels, str(plan))
     expected = _oracle(aten.conv2d_weight_grad, grad, x, g, policy)
-    for plan in _plans("conv2d", "weight_grad", g, policy):
+    plans = _plans("conv2d", "weight_grad", g, policy)
+    for plan in plans:
         grad_weight = triton.conv2d_weight_grad(grad, x, g, policy, plan)
         assert_close(grad_weight.cpu(), expected, dtype, g.out_pixels, str(plan))
-        again = triton.conv2d_weight_grad(grad, x, g, policy, plan)
-        assert torch.equal(grad_weight, again), f"not the same twice, {plan}"
+        if DEVICE == "cuda" or plan == plans[0]:  # the interpreter runs programs in one order
+            again = triton.conv2d_weight_grad(grad, x, g, policy, plan)
+            assert torch.equal(grad_weight, again), f"not the same twice, {plan}"
 
 
 @pytest.mark.parametrize(
     ("name", "dtype"),
-    [(name, torch.float32) for name in ("stem_odd", "32x4", "6x1_to_2_s2", "dw_3x3", "dw_5x5_s2_1", "dw_3x3_dilated")]
-    + [("3x4_to_6", dtype) for dtype in DTYPES],
+    [(name, torch.float32) for name in ("stem_odd", "6x1_to_2_s2", "dw_3x3", "dw_3x3_dilated", "3x4_to_6")]
+    + [("3x4_to_6", torch.bfloat16)]
+    + [
+        pytest.param(name, dtype, marks=pytest.mark.slow)
+        for name, dtype in (("32x4", torch.float32), ("dw_5x5_s2_1", torch.float32), ("3x4_to_6", torch.float16))
+    ],
     ids=str,
 )
 def test_nonfinite_values_reach_what_they_are_multiplied_with(name: str, dtype: torch.dtype) -> None:
