@@ -295,7 +295,8 @@ def test_which_layers_are_first() -> None:
     assert not serves((1, 3, 32, 32), (64, 3, 3, 3), dilation=2) and not serves((1, 4, 32, 32), (64, 1, 3, 3), groups=4)
 
 
-def test_first_layers_are_chosen_for_all_but_input_gradients() -> None:
+def test_first_layers_are_chosen_for_all_but_input_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_has_amx", lambda: False)
     for dtype in DTYPES:
         for direction in ("forward", "weight_grad"):
             assert cpu.algorithms(direction, geometry_of("stem"), Policy(dtype))[0] == cpu.FIRST

@@ -21,6 +21,7 @@ _INPUT, _OUTPUT, _FILTER = 900, 600, 250
 _POINTS, _TILE = 36, 4
 # What the kernels for first layers are compiled and tested for; of more channels oneDNN fills vectors.
 _FIRST_CHANNELS, _FIRST_SIDE = 4, 11
+_MANY_PIXELS = 2**15
 # What oneDNN computes in the time of a fused float32 product where bfloat16 has instructions of its own: in forwards and
 # input gradients of 64 channels and more, and else.
 _WIDE, _WIDE_BFLOAT16, _NATIVE_BFLOAT16 = 64, 2.3, 1.4
@@ -30,12 +31,13 @@ def algorithms(direction: str, g: ConvGeometry, policy: Policy) -> tuple[str, ..
     """Every algorithm that can serve, in the order of a count of multiply-adds."""
     if policy.dtype == torch.float64:
         return (ONEDNN,)
+    has_tiles = policy.dtype == torch.bfloat16 and _has_amx()
     if direction != "input_grad" and first_serves(g):
-        return (FIRST, ONEDNN)
+        return (ONEDNN, FIRST) if has_tiles and _tiles_outrun_first(direction, g) else (FIRST, ONEDNN)
     if not is_plain_3x3(g):
         return (ONEDNN,)
-    if policy.dtype == torch.bfloat16 and _has_amx():
-        return (AMX, ONEDNN) if _amx_pays(direction, g) else (ONEDNN, AMX)
+    if has_tiles:
+        return (AMX, ONEDNN) if _amx_pays(g) else (ONEDNN, AMX)
     if policy.direct:
         return (ONEDNN,)
     gains = _winograd_operations(direction, g) < _direct_operations(direction, g, policy)
@@ -69,12 +71,17 @@ def is_plain_3x3(g: ConvGeometry) -> bool:
     return plain == (3, 3, 1, 1, 1, 1, 1) and max(g.padding) <= 2
 
 
-def _amx_pays(direction: str, g: ConvGeometry) -> bool:
-    """By what a prototype of these kernels gained over oneDNN; they themselves were never timed.
+def _amx_pays(g: ConvGeometry) -> bool:
+    """From 16 channels on: measured 0.9 to 5 times oneDNN, which has tiles too. Of fewer, most of a tile is zeros."""
+    return min(g.in_channels, g.out_channels) >= 16
 
-    It tied at input gradients of maps from 8×8 to 28×28, and with few channels most of a tile is filled with zeros.
+
+def _tiles_outrun_first(direction: str, g: ConvGeometry) -> bool:
+    """oneDNN fills tiles with zeros, and is faster all the same where there are many products: measured 1.0 to 2.5 times.
+
+    Of 3×3 windows it is so in forwards of large maps only; weight gradients took it up to twice the time.
     """
-    return min(g.in_channels, g.out_channels) >= 16 and (direction != "input_grad" or not 8 <= g.width <= 28)
+    return g.taps > 9 or (direction == "forward" and g.out_pixels >= _MANY_PIXELS)
 
 
 def _winograd_operations(direction: str, g: ConvGeometry) -> float:
