@@ -96,13 +96,14 @@ class _Bands:
 @contextlib.contextmanager
 def transforming() -> Iterator[None]:
     """A block in which Winograd's transforms are chosen wherever they can serve, also where they would not pay."""
-    operations = cpu._winograd_operations
+    operations, has_amx = cpu._winograd_operations, cpu._has_amx
     cpu._winograd_operations = lambda direction, g: 0.0
+    cpu._has_amx = lambda: False
     tuning.forget()
     try:
         yield
     finally:
-        cpu._winograd_operations = operations
+        cpu._winograd_operations, cpu._has_amx = operations, has_amx
         tuning.forget()
 
 

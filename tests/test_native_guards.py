@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -115,13 +117,18 @@ def _norm(
     return output, gate, *found, *grads, *running
 
 
+needs_amx = pytest.mark.skipif(native_amx.unavailable() is not None, reason="of a processor with AMX")
+
 CALLS = {"convolution": conv_calls, "pool": pool_calls, "map": map_calls, "norm": norm_calls}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", CALLS)
-def test_bits_are_those_of_aligned_memory(kind: str, dtype: torch.dtype) -> None:
-    with transforming():
+@pytest.mark.parametrize(
+    "choosing", [transforming, pytest.param(contextlib.nullcontext, marks=needs_amx)], ids=["Winograd", "AMX"]
+)
+def test_bits_are_those_of_aligned_memory(kind: str, dtype: torch.dtype, choosing: Any) -> None:
+    with choosing():
         for call in CALLS[kind](dtype):
             expected = call()
             with guarded():
@@ -143,6 +150,10 @@ def test_every_kernel_is_among_them() -> None:
         filters = torch.empty(native.library().winograd_filters_size(24, 40))
         torch.ops.fastconv_native.winograd_filters(weight, filters)
         assert filters.isfinite().any()
+    if native_amx.unavailable() is None:
+        with mode:
+            for call in conv_calls(torch.bfloat16):
+                call()
     missing = kernels - {f"fastconv_native::{name}" for name in mode.seen}
     # Of another processor: tests/test_amx.py guards them itself.
     assert {name for name in missing if "::amx_" not in name or native_amx.unavailable() is None} == set()
