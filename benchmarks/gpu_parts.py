@@ -51,7 +51,7 @@ class Step(NamedTuple):
 
 def parts(setup: Setup) -> dict[str, list[Step]]:
     """The steps of each part."""
-    suites = {"layers": ("layers", "pools", "scaling", "overhead"), "models": ("models",), "training": ("training",)}
+    suites = {"layers": ("overhead", "scaling", "pools", "layers"), "models": ("models",), "training": ("training",)}
     benches = {part: [_bench(setup, *suites)] for part, suites in suites.items()}
     return {"tests": _tests(setup), "tune": _tune(setup), **benches, "inspect": _inspect(setup)}
 

@@ -339,7 +339,7 @@ def test_lists() -> None:
     for device in ("cpu", "cuda"):
         for quick in (False, True):
             plans = [plan for suite in run.SUITES for plan in run.plans(suite, torch.device(device), quick)]
-            names = [(plan.suite, plan.case, plan.dtype) for plan in plans]
+            names = [(plan.suite, plan.case, plan.dtype, plan.provider) for plan in plans]
             assert len(names) == len(set(names)) and {plan.suite for plan in plans} == set(run.SUITES)
             assert {plan.dtype for plan in plans} <= set(trial.dtypes_of(device)) | {"bfloat16_autocast"}
             (sweep, *_) = cases.of(device, quick).scaling.values()

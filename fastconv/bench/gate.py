@@ -8,8 +8,9 @@ the root-mean-square error, the latter catching what a generous maximum would hi
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from fastconv.precision import get_precision
 
 # Unit roundoff of each dtype, and of the float32 (float64) accumulation behind it.
 _UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-_TF32_UNIT = 2.0**-11  # operands rounded (not truncated) to ten bits of mantissa
+# Ten bits of mantissa. Operands may be truncated to them, as tensor cores do of what nobody rounded before: up to two units.
+_TF32_UNIT = 2.0**-11
 
 
 # Of Winograd's F(4×4, 3×3), against the bounds of a direct sum: 1.0 to 1.6 times the error in the root mean square (2.1 with
@@ -32,7 +34,9 @@ def bounds(dtype: torch.dtype, reduction: int, tf32: bool = False, transformed: 
     accumulation = max(_UNIT[torch.float64], _UNIT[torch.float32] if dtype != torch.float64 else 0.0)
     summed = accumulation * (2 + math.sqrt(reduction)) + (2 * _TF32_UNIT if tf32 else 0.0)
     rms, maximum = (_TRANSFORMED_RMS, _TRANSFORMED_MAXIMUM) if transformed else (1.0, 1.0)
-    return 2 * unit, 2 * unit + 6 * maximum * summed, unit + rms * summed
+    # A sum of few products, all of which truncation makes smaller, is off by a share of itself.
+    relative = 2 * unit + (4 * _TF32_UNIT if tf32 else 0.0)
+    return relative, 2 * unit + 6 * maximum * summed, unit + rms * summed
 
 
 def may_transform(device_type: str, kernel_size: Sequence[int], stride: Sequence[int]) -> bool:
@@ -61,23 +65,34 @@ def deviation(
     dtype = actual.dtype if dtype is None else dtype
     if actual.shape != expected.shape:
         return f"shape {tuple(actual.shape)} != {tuple(expected.shape)}"
-    actual, expected = actual.detach().double(), expected.detach().double()
-    finite = expected.isfinite()
-    odd, wanted = actual[~finite], expected[~finite]
-    if not ((odd == wanted) | (odd.isnan() & wanted.isnan())).all():
-        return "NaN or infinities are not where they are expected"
-    actual, expected = actual[finite], expected[finite]
-    if expected.numel() == 0:
-        return None
-    if not actual.isfinite().all():
-        return f"{(~actual.isfinite()).sum()} of {actual.numel()} elements are not finite"
-    error = (actual - expected).abs()
-    scale = max(scale, expected.square().mean().sqrt().item())
+    actual, expected = actual.detach(), expected.detach()
     relative, absolute, rms = bounds(dtype, reduction, tf32, transformed)
-    excess = error - relative * expected.abs()
-    if not excess.max().item() <= absolute * scale:
-        return f"maximum error {error.max():.3e} over {relative:.1e} · |expected| + {absolute:.1e} · {scale:.3e} (RMS)"
-    measured = error.square().mean().sqrt().item()
+    count, size = 0, 0.0  # of what is finite
+    for _, part in _parts(actual, expected):
+        finite = part.isfinite()
+        count += int(finite.sum())
+        size += part.where(finite, 0.0).square().sum().item()
+    if count == 0:
+        size = 1.0
+    scale = max(scale, math.sqrt(size / max(count, 1)))
+    largest = excess = squares = 0.0
+    for result, exact in _parts(actual, expected):
+        finite = exact.isfinite()
+        if not finite.all():
+            odd, wanted = result[~finite], exact[~finite]
+            if not ((odd == wanted) | (odd.isnan() & wanted.isnan())).all():
+                return "NaN or infinities are not where they are expected"
+            result, exact = result.where(finite, 0.0), exact.where(finite, 0.0)
+        if not result.isfinite().all():
+            return f"{(~result.isfinite()).sum()} of {actual.numel()} elements are not finite"
+        if result.numel() == 0:
+            continue
+        error = (result - exact).abs()
+        largest, squares = max(largest, error.max().item()), squares + error.square().sum().item()
+        excess = max(excess, error.sub_(exact.abs(), alpha=relative).max().item())
+    if not excess <= absolute * scale:
+        return f"maximum error {largest:.3e} over {relative:.1e} · |expected| + {absolute:.1e} · {scale:.3e} (RMS)"
+    measured = math.sqrt(squares / max(count, 1))
     if not measured <= rms * scale:
         return f"RMS error {measured:.3e} over {rms:.1e} · {scale:.3e}"
     return None
@@ -85,12 +100,44 @@ def deviation(
 
 def errors(actual: Tensor, expected: Tensor) -> tuple[float, float]:
     """(largest, root mean square) error, in units of the float64 `expected`'s root mean square."""
-    error = (actual.detach().double() - expected.detach().double()).abs()
-    size = expected.detach().double().square().mean().sqrt().item() or 1.0
-    return error.max().item() / size, error.square().mean().sqrt().item() / size
+    largest = squares = size = 0.0
+    for result, exact in _parts(actual.detach(), expected.detach()):
+        error = result - exact
+        largest, squares = max(largest, error.abs().max().item()), squares + error.square().sum().item()
+        size += exact.square().sum().item()
+    count = max(expected.numel(), 1)
+    scale = math.sqrt(size / count) or 1.0
+    return largest / scale, math.sqrt(squares / count) / scale
 
 
-def net_bounds(dtype: torch.dtype, reductions: Sequence[int], transformed: bool = False) -> tuple[float, float]:
+_PART = 2**27  # elements of a map that are compared at a time, of which several copies in float64 lie in memory
+
+
+def _parts(actual: Tensor, expected: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Both in float64, some images at a time: what a GPU can hold once, it cannot hold six times in float64."""
+    if actual.dim() == 0:
+        yield actual.double(), expected.double()
+        return
+    rows = max(1, _PART // max(actual[:1].numel(), 1))
+    for start in range(0, len(actual), rows):
+        part = slice(start, start + rows)
+        yield actual[part].double(), expected[part].double()
+
+
+@contextlib.contextmanager
+def unsearched() -> Iterator[None]:
+    """A block in which cuDNN searches no algorithms: what float64 is computed by runs once."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
+
+
+def net_bounds(
+    dtype: torch.dtype, reductions: Sequence[int], transformed: bool = False, tf32: bool = False
+) -> tuple[float, float]:
     """(relative norm allowed to the error of a net's output, of a gradient of its parameters).
 
     Each layer adds an error of its own to the output: ReLUs and pools do not enlarge one, random weights hardly. An error e
@@ -101,7 +148,7 @@ def net_bounds(dtype: torch.dtype, reductions: Sequence[int], transformed: bool 
     Args:
         dtype: of the maps.
         reductions: of each layer with weights, the number of products summed into an element.
-        transformed: as in `deviation`, of any layer.
+        transformed, tf32: as in `deviation`, of any layer.
     """
-    output = sum(bounds(dtype, reduction, transformed=transformed)[2] for reduction in reductions)
+    output = sum(bounds(dtype, reduction, tf32, transformed)[2] for reduction in reductions)
     return output, 2 * math.sqrt(output)

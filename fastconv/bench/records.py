@@ -98,7 +98,8 @@ class Record:
         provider: 'fastconv', 'fastconv_<backend>', 'fastconv_frozen', 'fastconv_cuda_graph', or one of stock torch's.
         median_ms, q20_ms, q80_ms, runs: of a call, over `runs` rounds in which the providers of a case took turns.
         fastest_stock: the provider of stock torch with the least median; None where none was right.
-        over_stock, over_stock_q20, over_stock_q80: its time over this one's, paired within a round.
+        over_stock, over_stock_q20, over_stock_q80: its time over this one's, paired within a round; None where an eager
+            provider was refused, and of the host's time, where launchers of ours do nothing.
         max_error, rms_error: the largest and the root mean square error, in units of the exact result's root mean square;
             of a step rms_error is of all its gradients together, and max_error the rms_error of the worst parameter.
         flops: floating-point operations by the definition, a multiply-add being two; None where it is none's measure.

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastconv import reference
+from fastconv import functional, reference
 from fastconv.bench import gate
 from fastconv.bench.trial import Work
 from fastconv.geometry import ConvGeometry, PoolGeometry
@@ -95,13 +95,20 @@ class Layer:
 
 
 def run_by(module: object, layer: Layer) -> Run:
-    """The layer by fastconv.functional or by fastconv.reference."""
+    """The layer by fastconv.functional, or where that is not the module, by stock torch as nets have it: ReLU in place."""
+    if module is not functional:
+        return lambda x, weight, bias: _stock(layer, x, weight, bias)
     if not layer.pool:
         plain: Callable[..., Tensor] = getattr(module, "conv2d_relu")  # noqa: B009
         return lambda x, weight, bias: plain(x, weight, bias, layer.stride, layer.pads)
     pooled: Callable[..., Tensor] = getattr(module, "conv2d_relu_max_pool2d")  # noqa: B009
     window = {"pool_kernel_size": layer.pool, "pool_stride": 2, "pool_padding": layer.pool_padding}
     return lambda x, weight, bias: pooled(x, weight, bias, layer.stride, layer.pads, **window)
+
+
+def _stock(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = F.relu(F.conv2d(x, weight, bias, layer.stride, layer.pads), inplace=True)
+    return F.max_pool2d(y, layer.pool, 2, layer.pool_padding) if layer.pool else y
 
 
 def cudnn_fused(layer: Layer) -> Run:
@@ -136,7 +143,8 @@ def operands(
     fan_in = layer.in_channels * layer.kernel**2
     x = random(batch, layer.in_channels, layer.size, layer.size)
     weight = random(layer.out_channels, layer.in_channels, layer.kernel, layer.kernel, scale=(2 / fan_in) ** 0.5)
-    bias, grad = random(layer.out_channels), random(*layer.output_shape(batch))
+    # Smaller than what it is added to: a sum that cancels would show stock torch's rounding before it.
+    bias, grad = random(layer.out_channels, scale=0.5), random(*layer.output_shape(batch))
     return x.requires_grad_(not layer.is_first), weight.requires_grad_(), bias.requires_grad_(), grad
 
 
@@ -169,6 +177,9 @@ _NAMES = ("output", "weight gradient", "bias gradient", "input gradient")
 
 
 def transformed(layer: Layer, x: Tensor) -> bool:
+    """Winograd's transforms may serve: ours on a CPU, cuDNN's of float32 on a GPU, whose algorithm is its choice."""
+    if x.is_cuda and not policy(x.dtype, "cuda").tf32:
+        return x.dtype == torch.float32 and (layer.kernel, layer.stride) == (3, 1)
     return gate.may_transform(x.device.type, (layer.kernel, layer.kernel), (layer.stride, layer.stride))
 
 
@@ -176,10 +187,11 @@ def both_exact(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor, grad: Tens
     """`both` in float64, by stock torch."""
     run, parts = run_by(reference, layer), []
     w, b = (t.detach().double().requires_grad_() for t in (weight, bias))
-    for part in _chunks(layer, x.shape[0]):
-        images = x[part].detach().double().requires_grad_(x.requires_grad)
-        parts.append(both(run, images, w, b, grad[part].double()))
-        parts[-1][0] = parts[-1][0].detach()
+    with gate.unsearched():
+        for part in _chunks(layer, x.shape[0]):
+            images = x[part].detach().double().requires_grad_(x.requires_grad)
+            parts.append(both(run, images, w, b, grad[part].double()))
+            parts[-1][0] = parts[-1][0].detach()
     outputs, weights, biases, *inputs = zip(*parts, strict=True)
     return [torch.cat(outputs), sum(weights[1:], weights[0]), sum(biases[1:], biases[0]), *map(torch.cat, inputs)]
 
@@ -189,7 +201,7 @@ def untied(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) 
     tf32 = policy(x.dtype, x.device.type).tf32
     relative, absolute, _ = gate.bounds(x.dtype, layer.in_channels * layer.kernel**2, tf32, transformed(layer, x))
     grad = grad.clone()
-    with torch.no_grad():
+    with torch.no_grad(), gate.unsearched():
         parameters = weight.double(), bias.double()
         for part in _chunks(layer, x.shape[0]):
             exact = F.conv2d(x[part].double(), *parameters, layer.stride, layer.pads)

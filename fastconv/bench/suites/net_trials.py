@@ -25,12 +25,13 @@ _MODES = {"compile_max_autotune": "max-autotune"}  # with CUDA graphs, as a user
 _WARM = 3  # steps before a capture
 
 
-def providers(net: Net, is_step: bool, device_type: str) -> list[str]:
+def providers(net: Net, is_step: bool, device_type: str, compiled: bool = True) -> list[str]:
+    """Those that a net is measured by; without `compiled` those alone that are ready in no time."""
     names = [ours(), "eager_channels_last", "eager_nchw"]
     on_gpu = device_type == "cuda"
     if not is_step and not on_gpu:
         names.append("fastconv_frozen")
-    if net.is_compiled:
+    if net.is_compiled and compiled:
         names += ["compile_default", "compile_max_autotune"] if on_gpu else ["compile_default"]
         names += [] if is_step or on_gpu else ["compile_freezing"]
     if is_step and net.is_captured and on_gpu:
@@ -140,24 +141,33 @@ class Runner:
             yield None
 
 
-def trial(net: Net, dtype: str, is_step: bool, device: torch.device, peaks: Mapping[str, int] | None = None) -> Trial:
-    """A net's forward pass or training step by every provider, all with the same initial weights."""
+def trial(
+    net: Net,
+    dtype: str,
+    is_step: bool,
+    device: torch.device,
+    peaks: Mapping[str, int] | None = None,
+    compiled: bool = True,
+) -> Trial:
+    """A net's forward pass or training step by each of `providers`, all with the same initial weights."""
     exact = net.build("torch")
     weights = copy.deepcopy(exact.state_dict())
     held = torch.float32 if dtype.endswith("_autocast") else torch_dtype(dtype)
     exact = exact.to(device=device, dtype=held).double().train(is_step)
     classes = next(m.out_features for m in reversed(list(exact.modules())) if isinstance(m, nn.Linear))
     batch = Batch(net, held, classes, device)
-    with torch.set_grad_enabled(is_step):
+    with torch.set_grad_enabled(is_step), gate.unsearched():
         scores = exact(batch.images.double())
         if is_step:
             F.cross_entropy(scores, batch.labels).backward()
     scores = scores.detach()
-    runners = {name: Runner(net, dtype, name, weights, is_step, device) for name in providers(net, is_step, device.type)}
+    names = providers(net, is_step, device.type, compiled)
+    if "compile_max_autotune" in names:
+        torch._dynamo.mark_static_address(batch.images)  # or its graph would copy what the others read in place
+    runners = {name: Runner(net, dtype, name, weights, is_step, device) for name in names}
     is_transformed = device.type == "cpu" and fastconv.get_precision() == "fast"
-    # TF32 rounds operands as float16 rounds them.
-    rounded = torch.float16 if dtype == "tf32" else torch_dtype(dtype)
-    output_bound, gradient_bound = gate.net_bounds(rounded, _reductions(exact), is_transformed)
+    bounds = gate.net_bounds(torch_dtype(dtype), _reductions(exact), is_transformed, dtype == "tf32")
+    output_bound, gradient_bound = bounds
 
     def check(provider: str) -> Verdict:
         runner = runners[provider]

@@ -31,6 +31,7 @@ def trials(
     exact = _runner("eager_channels_last", case)(images)
     (exact_gradient,) = torch.autograd.grad(exact, images, grad.double())
     exact = exact.detach()
+    del images
     first = next(iter(given.values()))
 
     def fresh(parts: tuple[int, ...] = (0, 1)) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -55,12 +55,13 @@ class Selection(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A case in a dtype, and what makes its trials when its turn has come."""
+    """A case in a dtype, what makes its trials when its turn has come, and the provider whose record says that it had."""
 
     suite: str
     case: str
     dtype: str
     trials: Callable[[], Iterator[Trial]]
+    provider: str
 
 
 class Outcome(NamedTuple):
@@ -76,49 +77,64 @@ def plans(suite: str, device: torch.device, quick: bool) -> Iterator[Plan]:
     listed, kind = cases.of(device.type, quick), device.type
     if suite in ("layers", "scaling"):
         directions = _DIRECTIONS if suite == "layers" and not quick else ("forward", "both")
-        for dtype, layers in (listed.layers if suite == "layers" else listed.scaling).items():
-            for case in layers:
-                names = _providers(suite, kind, dtype, case.batch)
-                make = _bound(layer_trials.trials, suite, case, dtype, device, directions, names)
-                yield Plan(suite, case.case, dtype, make)
+        for case, dtype in _by_batch(listed.layers if suite == "layers" else listed.scaling):
+            names = _providers(suite, kind, dtype, case)
+            make = _bound(layer_trials.trials, suite, case, dtype, device, directions, names)
+            yield Plan(suite, case.case, dtype, make, ours())
     elif suite == "pools":
-        for dtype, pools in listed.pools.items():
-            for pool in pools:
-                names = _providers(suite, kind, dtype, pool.batch)
-                yield Plan(suite, pool.case, dtype, _bound(pool_trials.trials, pool, dtype, device, _DIRECTIONS, names))
+        for pool, dtype in _by_batch(listed.pools):
+            names = _providers(suite, kind, dtype, pool)
+            yield Plan(suite, pool.case, dtype, _bound(pool_trials.trials, pool, dtype, device, _DIRECTIONS, names), ours())
     elif suite == "overhead":
         for case_name in overhead.CALLS:
             dtype = "bfloat16" if kind == "cuda" else "float32"
-            yield Plan(suite, case_name, dtype, _bound(overhead.trials, case_name, dtype, device))
+            yield Plan(suite, case_name, dtype, _bound(overhead.trials, case_name, dtype, device), ours())
     else:
         is_step = suite == "training"
-        for net in (net for net in listed.nets if net.trains or not is_step):
-            for dtype in net.dtypes:
-                yield Plan(suite, net.case, dtype, _bound(_net, net, dtype, is_step, device, quick))
+        nets = [net for net in listed.nets if net.trains or not is_step]
+        # Compilations of whole nets take minutes on a GPU: all have been measured without before the first of them.
+        stages = (False, True) if kind == "cuda" else (True,)
+        for compiled in stages:
+            for net in (net for net in nets if net.is_compiled or not compiled or len(stages) == 1):
+                for dtype in net.dtypes:
+                    make = _bound(_net, net, dtype, is_step, device, quick, compiled)
+                    yield Plan(suite, net.case, dtype, make, "compile_default" if compiled and len(stages) > 1 else ours())
+
+
+C = TypeVar("C", cases.LayerCase, cases.PoolCase)
+
+
+def _by_batch(listed: Mapping[str, tuple[C, ...]]) -> Iterator[tuple[C, str]]:
+    """Whoever has to stop has all dtypes of one batch, and then of the next."""
+    batches = dict.fromkeys(case.batch for of in listed.values() for case in of)
+    for batch in batches:
+        for dtype, of in listed.items():
+            yield from ((case, dtype) for case in of if case.batch == batch)
 
 
 def _bound(function: Callable[..., Iterator[Trial]], *args: object) -> Callable[[], Iterator[Trial]]:
     return lambda: function(*args)
 
 
-def _net(net: cases.Net, dtype: str, is_step: bool, device: torch.device, quick: bool) -> Iterator[Trial]:
+def _net(net: cases.Net, dtype: str, is_step: bool, device: torch.device, quick: bool, compiled: bool) -> Iterator[Trial]:
     peaks = {}
     if is_step and net.is_compiled and device.type == "cpu" and not quick:
-        names = [name for name in net_trials.providers(net, is_step, "cpu") if not name.startswith("compile")]
+        names = net_trials.providers(net, is_step, "cpu", compiled=False)
         peaks = {name: memory.peak(net, dtype, name) for name in names}
-    yield net_trials.trial(net, dtype, is_step, device, peaks)
+    yield net_trials.trial(net, dtype, is_step, device, peaks, compiled)
 
 
-def _providers(suite: str, device_type: str, dtype: str, batch: int) -> tuple[str, ...]:
-    """Compilations take seconds each: on a GPU bfloat16 has them, at batch 32 the searched ones and single backends too."""
+def _providers(suite: str, device_type: str, dtype: str, case: cases.LayerCase | cases.PoolCase) -> tuple[str, ...]:
+    """Compilations take seconds each: on a GPU bfloat16 at batch 32 has them, the searched ones and single backends few."""
     names: tuple[str, ...] = (ours(), "eager_channels_last", "eager_nchw")
     if device_type != "cuda":
         return names
     if suite == "layers":
         names += ("cudnn_fused",)
-    if dtype == "bfloat16" and suite != "scaling":
-        names += ("compile_default",) if batch >= 32 else ()
-        names += ("compile_max_autotune", "fastconv_triton", "fastconv_native") if batch == 32 and suite == "layers" else ()
+    if (dtype, case.batch) == ("bfloat16", 32) and suite != "scaling":
+        names += ("compile_default",)
+        if isinstance(case, cases.LayerCase) and case.layer in (*cases.RECIPE_224, *cases.VGG16):
+            names += ("compile_max_autotune", "fastconv_triton", "fastconv_native")
     return tuple(dict.fromkeys(names))
 
 
@@ -134,18 +150,20 @@ def run(selection: Selection, device: torch.device, out: Path, say: Callable[[st
     say("medians (20% to 80% quantiles); ratios are paired, above 1 where fastconv is faster; errors against float64")
     made: list[Record] = []
     all_right, left = True, 0
-    for suite in selection.suites:
+    for at, suite in enumerate(selection.suites):
+        passed = time.monotonic() - began  # what time there is, is shared out evenly
+        until = None if selection.seconds is None else passed + (selection.seconds - passed) / (len(selection.suites) - at)
         file, is_first = folder / f"{suite}.json", True
         known = _known(file, machine) if selection.resume else set()
         chosen = [plan for plan in plans(suite, device, quick) if _is_wanted(plan, selection, device.type)]
-        todo = [plan for plan in chosen if (plan.suite, plan.case, plan.dtype) not in known]
+        todo = [plan for plan in chosen if (plan.suite, plan.case, plan.dtype, plan.provider) not in known]
         width = max((len(plan.case) for plan in todo), default=0)
         say(f"\n{suite}: {len(todo)} cases" + (f", {len(chosen) - len(todo)} known" if known else ""))
         say(header(width))
         for done, plan in enumerate(todo):
-            if selection.seconds is not None and time.monotonic() - began > selection.seconds:
+            if until is not None and time.monotonic() - began > until:
                 left += len(todo) - done
-                say(f"{suite}: {len(todo) - done} cases left, {selection.seconds:.0f} s have passed")
+                say(f"{suite}: {len(todo) - done} cases left, {until:.0f} s have passed")
                 break
             with arithmetic(plan.dtype, device.type):
                 if plan.dtype not in rates:
@@ -177,13 +195,20 @@ def _measured(
             return made, all_right
         try:
             result = measure(trial, effort, machine, rates)
+        except (RuntimeError, torch.OutOfMemoryError) as error:
+            say(f"{trial.case} {trial.direction} {trial.dtype} could not be timed: {str(error).partition(chr(10))[0]}")
+            all_right = False
+        else:
+            made += result.records.values()
+            all_right &= ours() not in result.refused
+            say("\n".join(lines(result, width)))
+            del result
         finally:
             trial.close()
-        made += result.records.values()
-        all_right &= not any(records.is_ours(provider) and provider == ours() for provider in result.refused)
-        say("\n".join(lines(result, width)))
-        del trial, result
+        del trial
         gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def _is_wanted(plan: Plan, selection: Selection, device_type: str) -> bool:
@@ -192,13 +217,13 @@ def _is_wanted(plan: Plan, selection: Selection, device_type: str) -> bool:
     return selection.only in plan.case and (plan.dtype in dtypes_of(device_type) or plan.dtype.endswith("_autocast"))
 
 
-def _known(file: Path, machine: Machine) -> set[tuple[str, str, str]]:
-    """Cases that a file has of these sources on this machine; those in which ours was refused are measured again."""
+def _known(file: Path, machine: Machine) -> set[tuple[str, str, str, str]]:
+    """What a file has of these sources on this machine; where ours was refused, a case is measured again."""
     if not file.is_file():
         return set()
     same = ("chip", "torch", "triton", "commit")
     return {
-        (record.suite, record.case, record.dtype)
+        (record.suite, record.case, record.dtype, record.provider)
         for record in records.read(file)
-        if record.provider == ours() and all(getattr(record, name) == getattr(machine, name) for name in same)
+        if all(getattr(record, name) == getattr(machine, name) for name in same)
     }
