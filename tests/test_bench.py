@@ -152,6 +152,7 @@ def test_overhead_is_of_the_host() -> None:
         (ready,) = overhead.trials(case, "float32", CPU)
         result = measured(ready)
         assert not result.refused and set(result.records) == {"fastconv", "eager_channels_last"}
+        assert all(record.over_stock is None and record.fastest_stock for record in result.records.values())
         x = torch.full((1, 8, 4, 4), 2.0).contiguous(memory_format=torch.channels_last)
         assert torch.get_num_threads() == 1
         first, second = (functional.conv2d(x, torch.ones(8, 8, 3, 3), None, 1, 1) for _ in range(2))
@@ -204,6 +205,32 @@ def test_pixels_that_no_window_reaches_are_no_measure_of_the_others(stride: int)
     with Audit() as audit:
         conv(torch.randn(4, 64, 56, 56, requires_grad=True)).square().sum().backward()
     assert audit.wrong is None and audit.calls == 3
+
+
+def test_a_ratio_wants_all_eager_providers() -> None:
+    """Of those left, the fastest may not be the fastest that stock torch has."""
+    (ready,) = layer_trials_of(LAYER, directions=("forward",))
+    check = ready.check
+    wrong = trial.Verdict("rounded twice", 1.0, 1.0)
+    ready.check = lambda name: wrong if name == "eager_nchw" else check(name)
+    result = measured(ready)
+    assert result.refused == {"eager_nchw": "rounded twice"}
+    record = result.records["fastconv"]
+    assert record.fastest_stock == "eager_channels_last" and record.over_stock is None
+
+
+def test_a_provider_that_fails_behind_its_gate_hides_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    (ready,) = layer_trials_of(LAYER, directions=("both",))
+    memory_of = trial._memory
+
+    def fails(of: trial.Trial, provider: str) -> dict[str, Any]:
+        if provider == "eager_nchw":
+            raise torch.OutOfMemoryError("no memory\nat all")
+        return memory_of(of, provider)
+
+    monkeypatch.setattr(trial, "_memory", fails)
+    result = measured(ready)
+    assert result.refused == {"eager_nchw": "OutOfMemoryError: no memory"} and "fastconv" in result.records
 
 
 def test_codes_are_audited(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,6 +369,11 @@ def test_lists() -> None:
             names = [(plan.suite, plan.case, plan.dtype, plan.provider) for plan in plans]
             assert len(names) == len(set(names)) and {plan.suite for plan in plans} == set(run.SUITES)
             assert {plan.dtype for plan in plans} <= set(trial.dtypes_of(device)) | {"bfloat16_autocast"}
+            kinds = [(plan.dtype, plan.case) for plan in plans if plan.suite == "layers"]
+            batches = [case.rpartition(" batch ")[2].split()[0] for _, case in kinds]
+            assert [b for i, b in enumerate(batches) if i == 0 or batches[i - 1] != b] == list(dict.fromkeys(batches))
+            staged = [plan.provider for plan in plans if plan.suite == "training"]
+            assert staged == sorted(staged, reverse=True), "what is compiled comes last"
             (sweep, *_) = cases.of(device, quick).scaling.values()
             axes = [{case.batch for case in sweep}, *({getattr(c.layer, n) for c in sweep} for n in ("size", "in_channels"))]
             assert all(len(axis) >= 3 for axis in axes)

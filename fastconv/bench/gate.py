@@ -28,11 +28,13 @@ _TF32_UNIT = 2.0**-11
 _TRANSFORMED_RMS, _TRANSFORMED_MAXIMUM = 2.5, 12.0
 
 
-def bounds(dtype: torch.dtype, reduction: int, tf32: bool = False, transformed: bool = False) -> tuple[float, float, float]:
+def bounds(
+    dtype: torch.dtype, reduction: int, tf32: bool = False, transformed: bool = False, rounded: bool = False
+) -> tuple[float, float, float]:
     """(relative maximum per element, maximum in units of the expected RMS, RMS error in the same units)."""
     unit = _UNIT[dtype]
     accumulation = max(_UNIT[torch.float64], _UNIT[torch.float32] if dtype != torch.float64 else 0.0)
-    summed = accumulation * (2 + math.sqrt(reduction)) + (2 * _TF32_UNIT if tf32 else 0.0)
+    summed = accumulation * (2 + math.sqrt(reduction)) + (2 * _TF32_UNIT if tf32 else 0.0) + (unit if rounded else 0.0)
     rms, maximum = (_TRANSFORMED_RMS, _TRANSFORMED_MAXIMUM) if transformed else (1.0, 1.0)
     # A sum of few products, all of which truncation makes smaller, is off by a share of itself.
     relative = 2 * unit + (4 * _TF32_UNIT if tf32 else 0.0)
@@ -52,6 +54,7 @@ def deviation(
     scale: float = 0.0,
     dtype: torch.dtype | None = None,
     transformed: bool = False,
+    rounded: bool = False,
 ) -> str | None:
     """None where `actual` is as near to the float64 `expected` as its dtype allows; else how far off it is.
 
@@ -61,12 +64,14 @@ def deviation(
         scale: the least size to measure errors by, where few elements are expected and their terms may cancel.
         dtype: whose rounding is allowed, where terms were rounded to another one than the result's.
         transformed: products may be regrouped by Winograd's transforms.
+        rounded: the terms of the sum were themselves sums and rounded to `dtype`, such as the gradients of elements that several
+            windows of a pool share (stock torch rounds after each addition).
     """
     dtype = actual.dtype if dtype is None else dtype
     if actual.shape != expected.shape:
         return f"shape {tuple(actual.shape)} != {tuple(expected.shape)}"
     actual, expected = actual.detach(), expected.detach()
-    relative, absolute, rms = bounds(dtype, reduction, tf32, transformed)
+    relative, absolute, rms = bounds(dtype, reduction, tf32, transformed, rounded)
     count, size = 0, 0.0  # of what is finite
     for _, part in _parts(actual, expected):
         finite = part.isfinite()
