@@ -64,8 +64,8 @@ def deviation(
         scale: the least size to measure errors by, where few elements are expected and their terms may cancel.
         dtype: whose rounding is allowed, where terms were rounded to another one than the result's.
         transformed: products may be regrouped by Winograd's transforms.
-        rounded: the terms of the sum were themselves sums and rounded to `dtype`, such as the gradients of elements that several
-            windows of a pool share (stock torch rounds after each addition).
+        rounded: the terms of the sum were themselves sums and rounded to `dtype`, such as the gradients of elements that
+            several windows of a pool share (stock torch rounds after each addition).
     """
     dtype = actual.dtype if dtype is None else dtype
     if actual.shape != expected.shape:

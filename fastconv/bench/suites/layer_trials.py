@@ -169,8 +169,8 @@ def _gradients(
         yield trial(direction, calls, check, fresh)
 
 
-def verdict(actual: Tensor, exact: Tensor, reduction: int, transformed: bool = False, scale: float = 0.0) -> Verdict:
+def verdict(actual: Tensor, exact: Tensor, reduction: int, transformed: bool = False, rounded: bool = False) -> Verdict:
     """A result against the float64 `exact`, in the precision in force."""
     tf32 = policy(actual.dtype, actual.device.type).tf32
-    reason = gate.deviation(actual, exact, reduction, tf32, scale, transformed=transformed)
+    reason = gate.deviation(actual, exact, reduction, tf32, transformed=transformed, rounded=rounded)
     return Verdict(reason, *gate.errors(actual, exact))
