@@ -11,6 +11,8 @@ from fastconv.bench.plots import sheet
 from fastconv.bench.records import Record
 
 _MOST_ROWS = 32
+_MOST = 8.0  # a ratio above is a number at the end of its bar
+_BOX = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
 _TICKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
@@ -78,22 +80,30 @@ def paint(drawn: list[Record], title: str, directions: Mapping[str, str]) -> Any
 def _bars(axes: Any, at: Mapping[float, Record], thick: float, look: tuple[str, str]) -> None:
     """From 1, where neither side is faster."""
     colour, hatch = look
-    places, gains = list(at), [(r.over_stock or 1) - 1 for r in at.values()]
+    places, gains = list(at), [_within(r.over_stock or 1) - 1 for r in at.values()]
     axes.barh(places, gains, thick, 1, color=colour, hatch=hatch, edgecolor=sheet.GREY, linewidth=0.4)
-    ends = zip(*((r.over_stock_q20, r.over_stock_q80) for r in at.values()), strict=True)
-    axes.hlines(places, *ends, color="black", linewidth=0.9)
+    for place, r in at.items():
+        if (r.over_stock or 1) > _MOST:
+            axes.text(_MOST, place, f"{r.over_stock:.0f}×", va="center", ha="right", fontsize=6, bbox=_BOX)
+        else:
+            axes.hlines(place, r.over_stock_q20, _within(r.over_stock_q80 or 1), color="black", linewidth=0.9)
 
 
 def _diamonds(axes: Any, at: Mapping[float, Record]) -> None:
-    gains = [r.over_stock for r in at.values()]
+    gains = [_within(r.over_stock or 1) for r in at.values()]
     axes.plot(gains, list(at), "D", linestyle="", markersize=3, mfc="white", mec="black", mew=0.7)
+
+
+def _within(ratio: float) -> float:
+    """What is drawn of a ratio: of one that is off the scale, up to its end."""
+    return min(ratio, _MOST)
 
 
 def _scale(axes: Any, drawn: list[Record]) -> None:
     """Logarithmic, where half and double are as far from 1."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-    ends = [end for r in drawn for end in (r.over_stock, r.over_stock_q20, r.over_stock_q80) if end is not None]
+    ends = [_within(end) for r in drawn for end in (r.over_stock, r.over_stock_q20, r.over_stock_q80) if end is not None]
     axes.set_xscale("log", base=2)
     axes.set_xlim(min(0.95, *ends) / 1.06, max(1.05, *ends) * 1.06)
     axes.xaxis.set_major_locator(FixedLocator(_TICKS))
