@@ -41,8 +41,8 @@ class Machine:
     Attributes:
         chip: a GPU's name and compute capability, a CPU's name and torch's threads.
         driver, cudnn: None on a CPU; triton: None where it is not installed.
-        commit: of fastconv's working tree, with a digest of the sources behind it where the package's or csrc's differ; without
-            a git repository the digest alone, 'sources-…'.
+        commit: of fastconv's working tree, with a digest of the sources behind it where the package's or csrc's differ;
+            without a git repository the digest alone, 'sources-…'.
         date: UTC, to the second.
     """
 
@@ -215,7 +215,7 @@ def _row(record: Record) -> dict[str, Any]:
 
 def _commit() -> str:
     head = _output("git", "rev-parse", "--short=12", "HEAD")
-    if head is not None and _output("git", "status", "--porcelain", "--", ".", ":/csrc") is None:
+    if head is not None and _output("git", "status", "--porcelain", "--", "..", ":/csrc") is None:
         return head
     digest = sources.digest(with_tables=True)
     return f"sources-{digest}" if head is None else f"{head}-dirty-{digest}"
