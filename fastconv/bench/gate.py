@@ -107,6 +107,8 @@ def errors(actual: Tensor, expected: Tensor) -> tuple[float, float]:
     """(largest, root mean square) error, in units of the float64 `expected`'s root mean square."""
     largest = squares = size = 0.0
     for result, exact in _parts(actual.detach(), expected.detach()):
+        if result.numel() == 0:
+            continue
         error = result - exact
         largest, squares = max(largest, error.abs().max().item()), squares + error.square().sum().item()
         size += exact.square().sum().item()
@@ -130,10 +132,10 @@ def _parts(actual: Tensor, expected: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 @contextlib.contextmanager
-def unsearched() -> Iterator[None]:
-    """A block in which cuDNN searches no algorithms: what float64 is computed by runs once."""
+def searching(wanted: bool) -> Iterator[None]:
+    """A block in which cuDNN searches its algorithms, as for what is timed, or does not, as for what runs once."""
     before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.benchmark = wanted
     try:
         yield
     finally:

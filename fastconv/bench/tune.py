@@ -126,13 +126,8 @@ def measured(path: Path, chip: str) -> set[Call]:
 
 def measure(call: Call, device: torch.device, most_seconds: float, rounds: int = 20) -> Measurement:
     """Verify the candidates for a call, and time those that are right where there is a choice."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = True  # cuDNN at its best is what the others have to beat
-    try:
-        with set_precision("fast"):
-            return _measure(call, device, most_seconds, rounds)
-    finally:
-        torch.backends.cudnn.benchmark = before
+    with set_precision("fast"), gate.searching(True):
+        return _measure(call, device, most_seconds, rounds)
 
 
 def _measure(call: Call, device: torch.device, most_seconds: float, rounds: int) -> Measurement:

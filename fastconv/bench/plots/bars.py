@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,17 +12,27 @@ from fastconv.bench.plots import sheet
 from fastconv.bench.records import Record
 
 _MOST_ROWS = 32
+_LEAST_SHARE = 1 / 4  # of the cases of the dtype that has most
 _MOST = 8.0  # a ratio above is a number at the end of its bar
 _BOX = {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}
 _TICKS = (1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 1, 1.5, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 
 def select(records: Iterable[Record], suites: tuple[str, ...], directions: Mapping[str, str]) -> list[list[Record]]:
-    """Of each case that was held against stock torch the largest batch, which is drawn as bars, and the smallest."""
+    """Of each case that was held against stock torch the largest batch, which is drawn as bars, and the smallest.
+
+    A dtype in which few of the cases were measured has no panel.
+    """
+    found = [
+        record
+        for record in records
+        if record.suite in suites and record.direction in directions and record.over_stock is not None
+        if record.provider == "fastconv"
+    ]
+    counts = Counter(record.dtype for record in found)
     rows: dict[str, dict[int | None, list[Record]]] = {}
-    for record in records:
-        is_drawn = record.suite in suites and record.direction in directions and record.over_stock is not None
-        if is_drawn and record.provider == "fastconv":
+    for record in found:
+        if counts[record.dtype] >= _LEAST_SHARE * max(counts.values()):
             what, batch = pairs.split(record.case)
             rows.setdefault(what, {}).setdefault(batch, []).append(record)
     kept = [[record for batch in _ends(batches) for record in batches[batch]] for batches in rows.values()]

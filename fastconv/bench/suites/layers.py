@@ -188,7 +188,7 @@ def both_exact(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor, grad: Tens
     """`both` in float64, by stock torch."""
     run, parts = run_by(reference, layer), []
     w, b = (t.detach().double().requires_grad_() for t in (weight, bias))
-    with gate.unsearched():
+    with gate.searching(False):
         for part in _chunks(layer, x.shape[0]):
             images = x[part].detach().double().requires_grad_(x.requires_grad)
             parts.append(both(run, images, w, b, grad[part].double()))
@@ -202,7 +202,7 @@ def untied(layer: Layer, x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor) 
     tf32 = policy(x.dtype, x.device.type).tf32
     relative, absolute, _ = gate.bounds(x.dtype, layer.in_channels * layer.kernel**2, tf32, transformed(layer, x))
     grad = grad.clone()
-    with torch.no_grad(), gate.unsearched():
+    with torch.no_grad(), gate.searching(False):
         parameters = weight.double(), bias.double()
         for part in _chunks(layer, x.shape[0]):
             exact = F.conv2d(x[part].double(), *parameters, layer.stride, layer.pads)

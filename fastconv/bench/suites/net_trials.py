@@ -156,7 +156,7 @@ def trial(
     exact = exact.to(device=device, dtype=held).double().train(is_step)
     classes = next(m.out_features for m in reversed(list(exact.modules())) if isinstance(m, nn.Linear))
     batch = Batch(net, held, classes, device)
-    with torch.set_grad_enabled(is_step), gate.unsearched():
+    with torch.set_grad_enabled(is_step), gate.searching(False):
         scores = exact(batch.images.double())
         if is_step:
             F.cross_entropy(scores, batch.labels).backward()
