@@ -12,7 +12,11 @@ import torch
 from emu import build, device_code
 from emu.device_code import CAPABILITIES, Kernel
 
-pytestmark = pytest.mark.skipif(device_code.unavailable() is not None, reason=str(device_code.unavailable()))
+# Slow: nvcc, once for each chip. What it makes of one is run by tests/test_cuda_ptx.py.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(device_code.unavailable() is not None, reason=str(device_code.unavailable())),
+]
 
 MOST_REGISTERS = 65536  # of a processor
 

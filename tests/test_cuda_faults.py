@@ -35,6 +35,9 @@ NARROW = [
 ]
 
 
+pytestmark = pytest.mark.slow  # tests of the tests
+
+
 @pytest.fixture(scope="module")
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Iterator[build.Machine]:
     """The kernels with every fault in them, all switched off."""

@@ -18,7 +18,11 @@ from fastconv.backends import aten, native, native_cuda
 from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy
 
-pytestmark = pytest.mark.skipif(ptx_build.unavailable() is not None, reason=str(ptx_build.unavailable()))
+# Slow: tests of the tests.
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(ptx_build.unavailable() is not None, reason=str(ptx_build.unavailable())),
+]
 
 
 class Fault(NamedTuple):
