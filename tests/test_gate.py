@@ -21,6 +21,17 @@ def rounded() -> torch.Tensor:
     return EXACT.float()
 
 
+def test_searching_is_undone() -> None:
+    """Also where torch's own tests' utilities were imported, which forbid the switch's assignment."""
+    import torch.testing._internal.common_utils  # noqa: F401
+
+    before = torch.backends.cudnn.benchmark
+    for wanted in (True, False):
+        with gate.searching(wanted):
+            assert torch.backends.cudnn.benchmark is wanted
+        assert torch.backends.cudnn.benchmark is before
+
+
 def test_a_rounding_passes() -> None:
     before = EXACT.clone()
     assert gate.deviation(rounded(), EXACT, 9) is None

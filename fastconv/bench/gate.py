@@ -134,12 +134,13 @@ def _parts(actual: Tensor, expected: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
 @contextlib.contextmanager
 def searching(wanted: bool) -> Iterator[None]:
     """A block in which cuDNN searches its algorithms, as for what is timed, or does not, as for what runs once."""
-    before = torch.backends.cudnn.benchmark
-    torch.backends.cudnn.benchmark = wanted
+    # Not by torch.backends.cudnn.benchmark, which refuses once torch's own tests' utilities have been imported.
+    before = torch._C._get_cudnn_benchmark()
+    torch._C._set_cudnn_benchmark(wanted)
     try:
         yield
     finally:
-        torch.backends.cudnn.benchmark = before
+        torch._C._set_cudnn_benchmark(before)
 
 
 def net_bounds(
