@@ -23,7 +23,7 @@ def rounded() -> torch.Tensor:
 
 def test_searching_is_undone() -> None:
     """Also where torch's own tests' utilities were imported, which forbid the switch's assignment."""
-    import torch.testing._internal.common_utils  # noqa: F401
+    import torch.testing._internal.common_utils
 
     before = torch.backends.cudnn.benchmark
     for wanted in (True, False):
