@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import fastconv
 from fastconv import functional, reference
 from fastconv import nn as fast
-from fastconv.backends import native
+from fastconv.backends import aten, native
 from fastconv.bench import gate, records, roofline, trial
 from fastconv.bench.audit import Audit
 from fastconv.bench.suites import cases, layer_trials, layers, memory, net_trials, nets, overhead, pool_trials, run
@@ -146,17 +146,22 @@ def test_pools(case: PoolCase, dtype: str) -> None:
         assert all((record.bytes or 0) > 0 and record.flops is None for record in result.records.values())
 
 
-def test_overhead_is_of_the_host() -> None:
+def test_overhead_is_of_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     threads = torch.get_num_threads()
+    launched: list[str] = []
+    for backend in (native, aten):
+        for name in overhead._LAUNCHERS:
+            launcher = getattr(backend, name)
+            monkeypatch.setattr(backend, name, lambda *a, f=launcher, **k: (launched.append("one"), f(*a, **k))[1])
     for case in overhead.CALLS:
+        launched.clear()
         (ready,) = overhead.trials(case, "float32", CPU)
         result = measured(ready)
+        assert 1 <= len(launched) <= 4, "for the gate and once for its sizes, however many calls are timed"
         assert not result.refused and set(result.records) == {"fastconv", "eager_channels_last"}
         assert all(record.over_stock is None and record.fastest_stock for record in result.records.values())
         x = torch.full((1, 8, 4, 4), 2.0).contiguous(memory_format=torch.channels_last)
         assert torch.get_num_threads() == 1
-        first, second = (functional.conv2d(x, torch.ones(8, 8, 3, 3), None, 1, 1) for _ in range(2))
-        assert first.shape == second.shape
         ready.close()
         assert functional.conv2d(x, torch.ones(8, 8, 3, 3), None, 1, 1)[0, 0, 1, 1] == 2.0 * 72
     assert torch.get_num_threads() == threads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,16 @@ def test_bad_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     for wrong in (["--suite", "speed"], ["--dtype", "int8"], ["--seconds", "0"], ["--threads", "0"]):
         with pytest.raises(SystemExit):
             main([*quick, *wrong])
+
+
+def test_pictures_that_cannot_be_drawn_are_told_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    command = ["bench", "--quick", "--device", "cpu", "--suite", "layers", "--dtype", "float32", "--out", str(tmp_path)]
+    assert main(command) == 1
+    assert "pip install 'fastconv[bench]'" in capsys.readouterr().err and not list(tmp_path.rglob("*.json"))
+    assert main([*command, "--no-plots"]) == 0
 
 
 def test_no_time_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 
+from fastconv.bench import records
 from fastconv.cli import arguments, bench_compare
 
-_SUITES = ("layers", "pools", "models", "training", "overhead", "scaling")
-_DTYPES = ("float32", "float32_ieee", "tf32", "bfloat16", "float16", "bfloat16_autocast")
 _OUT = Path("runs") / "bench"
 
 REFUSED, UNFINISHED = 1, 3  # exit statuses
@@ -29,9 +28,9 @@ def add(commands: Any) -> None:
         epilog="fastconv bench compare A B tells what became slower between two files or folders of records.",
     )
     option = parser.add_argument
-    option("--suite", action="append", choices=_SUITES, help="default: all; may be repeated")
+    option("--suite", action="append", choices=records.SUITES, help="default: all; may be repeated")
     option("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ... (default: auto)")
-    option("--dtype", action="append", choices=_DTYPES, help="default: each suite's own; may be repeated")
+    option("--dtype", action="append", choices=records.DTYPES, help="default: each suite's own; may be repeated")
     option("--only", default="", metavar="TEXT", help="cases whose name holds TEXT, such as 'R=32' or '64-64@56'")
     option("--quick", action="store_true", help="few and small cases, few rounds: minutes on two cores")
     option("--threads", type=arguments.positive, help=f"of a CPU (default: torch's, here {torch.get_num_threads()})")
@@ -51,7 +50,7 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Measure, then draw all that the folder has records of."""
     # Loading what measures takes a second: not for every `fastconv info`.
-    from fastconv.bench import plots, records
+    from fastconv.bench import plots
     from fastconv.bench.suites.run import Selection
     from fastconv.bench.suites.run import run as run_suites
 
@@ -60,8 +59,10 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"--device {options.device}: allowed: auto, cpu, cuda, cuda:1, ...")
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    torch.manual_seed(torch.seed())
-    suites = tuple(options.suite or _SUITES)
+    torch.seed()  # fresh operands in every run
+    if not options.no_plots:
+        plots.require()  # not found missing only after minutes of measuring
+    suites = tuple(options.suite or records.SUITES)
     chosen = tuple(options.dtype or ())
     selection = Selection(suites, chosen, options.only, options.quick, options.seconds, options.resume)
     outcome = run_suites(selection, device, options.out)

@@ -46,12 +46,7 @@ def draw(records: Iterable[Record], folder: Path) -> list[Path]:
     made = _selected(records)
     if not made:
         return []
-    try:
-        importlib.import_module("matplotlib.figure")
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "pictures are drawn by matplotlib, which is not installed: pip install 'fastconv[bench]' (or matplotlib)"
-        ) from error
+    require()
     from matplotlib import style
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,6 +54,20 @@ def draw(records: Iterable[Record], folder: Path) -> list[Path]:
         with style.context(["default", sheet.STYLE]):  # whatever the user's own settings are
             sheet.save(paint(drawn), folder / file, {_KEY: digest(drawn)})
     return [folder / file for file in made]
+
+
+def require() -> None:
+    """Raise where pictures cannot be drawn.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed; the message holds the command.
+    """
+    try:
+        importlib.import_module("matplotlib.figure")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "pictures are drawn by matplotlib, which is not installed: pip install 'fastconv[bench]' (or matplotlib)"
+        ) from error
 
 
 def pictures(records: Iterable[Record]) -> dict[str, list[Record]]:
