@@ -6,7 +6,20 @@ is. Both have the same state_dict keys and, under the same seed, the same initia
 
 from __future__ import annotations
 
+from fastconv.models.alexnet import alexnet
+from fastconv.models.car_truck import car_truck
+from fastconv.models.lenet5 import lenet5
+from fastconv.models.mnist_net import mnist_net
+from fastconv.models.network_in_network import network_in_network
 from fastconv.models.recipe import recipe_net
 from fastconv.models.vgg import vgg
 
-__all__ = ["recipe_net", "vgg"]
+__all__ = [
+    "alexnet",
+    "car_truck",
+    "lenet5",
+    "mnist_net",
+    "network_in_network",
+    "recipe_net",
+    "vgg",
+]

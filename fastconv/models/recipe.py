@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from fastconv.models.layers import with_layers
+from fastconv.models.layers import initialise_he, require_positive, with_layers
 
 DOWNSAMPLE = ("max", "conv")
 
@@ -22,6 +22,7 @@ def recipe_net(
     width: int = 64,
     max_width: int = 512,
     downsample: str = "max",
+    batch_norm: bool = False,
     layers: str = "fastconv",
 ) -> nn.Sequential:
     """The recipe net for square images.
@@ -38,6 +39,7 @@ def recipe_net(
         in_channels: channels of the images.
         width, max_width: channels of the first block, and the most that any block gets.
         downsample: "max" halves maps by 2×2 max-pool, "conv" by a 3×3 stride-2 convolution with ReLU instead.
+        batch_norm: a BatchNorm2d after every convolution, which then has no bias.
         layers: "fastconv" or "torch"; the state_dict's keys and the seeded initial weights are the same.
 
     Shapes:
@@ -46,9 +48,7 @@ def recipe_net(
     Raises:
         ValueError: a resolution whose maps do not halve exactly, or an argument out of range.
     """
-    for name, value in (("num_classes", num_classes), ("in_channels", in_channels), ("width", width)):
-        if value < 1:
-            raise ValueError(f"recipe_net: {name} must be at least 1, got {name}={value}")
+    require_positive("recipe_net", num_classes=num_classes, in_channels=in_channels, width=width)
     if max_width < width:
         raise ValueError(f"recipe_net: max_width must be at least width={width}, got max_width={max_width}")
     if downsample not in DOWNSAMPLE:
@@ -58,15 +58,15 @@ def recipe_net(
     features: list[nn.Module] = []
     channels = in_channels
     if resolution >= _STEM_FROM:
-        features += [nn.Conv2d(channels, width, 7, stride=2, padding=3), nn.ReLU(inplace=True), *_halve(width, downsample)]
+        features += [*_conv(channels, width, 7, 2, batch_norm), *_halve(width, downsample, batch_norm)]
         channels = width
     halvings = len(maps) - (2 if resolution >= _STEM_FROM else 0)
     for block in range(halvings + 1):
         block_width = min(width * 2**block, max_width)
         for conv_in in (channels, block_width):
-            features += [nn.Conv2d(conv_in, block_width, 3, padding=1), nn.ReLU(inplace=True)]
+            features += _conv(conv_in, block_width, 3, 1, batch_norm)
         if block < halvings:
-            features += _halve(block_width, downsample)
+            features += _halve(block_width, downsample, batch_norm)
         channels = block_width
 
     model = nn.Sequential(
@@ -77,15 +77,19 @@ def recipe_net(
             classifier=nn.Linear(channels, num_classes),
         )
     )
-    _initialise(model)
+    initialise_he(model)
     with_layers(model, layers, "recipe_net")
     return model
 
 
-def _halve(channels: int, downsample: str) -> list[nn.Module]:
-    if downsample == "max":
-        return [nn.MaxPool2d(2)]
-    return [nn.Conv2d(channels, channels, 3, stride=2, padding=1), nn.ReLU(inplace=True)]
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int, batch_norm: bool) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=not batch_norm)
+    norm = [nn.BatchNorm2d(out_channels)] if batch_norm else []
+    return [conv, *norm, nn.ReLU(inplace=True)]
+
+
+def _halve(channels: int, downsample: str, batch_norm: bool) -> list[nn.Module]:
+    return [nn.MaxPool2d(2)] if downsample == "max" else _conv(channels, channels, 3, 2, batch_norm)
 
 
 def _halved_maps(resolution: int) -> list[int]:
@@ -118,12 +122,3 @@ def _maps(resolution: int) -> tuple[list[int], int | None]:
             return maps, size
         size //= 2
     return maps, None
-
-
-def _initialise(model: nn.Module) -> None:
-    """He initialisation: each layer keeps the variance of its input."""
-    for module in model.modules():
-        if isinstance(module, (nn.Conv2d, nn.Linear)):
-            nn.init.kaiming_normal_(module.weight, nonlinearity="relu" if isinstance(module, nn.Conv2d) else "linear")
-            if module.bias is not None:
-                nn.init.zeros_(module.bias)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 
 from torch import nn
 
-from fastconv.models.layers import with_layers
+from fastconv.models.layers import require_positive, with_layers
 
 # Convolutions of each of the five stages, which have 64, 128, 256, 512 and 512 channels and end in a 2×2 max-pool.
 _STAGES = {11: (1, 1, 2, 2, 2), 13: (2, 2, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
@@ -36,12 +36,11 @@ def vgg(
         input [N, in_channels, H, W] with H, W ≥ 32; output [N, num_classes], unnormalised scores.
 
     Raises:
-        ValueError: another depth, or num_classes below 1.
+        ValueError: another depth, num_classes or in_channels below 1, or other layers.
     """
     if depth not in _STAGES:
         raise ValueError(f"vgg: depth must be one of {', '.join(map(str, _STAGES))}, got depth={depth}")
-    if num_classes < 1:
-        raise ValueError(f"vgg: num_classes must be at least 1, got num_classes={num_classes}")
+    require_positive("vgg", num_classes=num_classes, in_channels=in_channels)
     features: list[nn.Module] = []
     channels = in_channels
     for stage_channels, convs in zip(_CHANNELS, _STAGES[depth], strict=True):

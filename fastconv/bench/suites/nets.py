@@ -1,4 +1,4 @@
-"""Nets that fastconv.models does not have, in plain torch.nn; on fastconv's layers by `convert`."""
+"""Nets as they are measured: those of fastconv.models without dropout, and ResNet-18 in plain torch.nn."""
 
 from __future__ import annotations
 
@@ -8,28 +8,9 @@ import fastconv
 
 
 def alexnet(layers: str = "torch") -> nn.Module:
-    """AlexNet as torchvision has it (Krizhevsky, 2014, arXiv:1404.5997), without dropout: [N, 3, 224, 224] → [N, 1000]."""
-    net = nn.Sequential(
-        nn.Conv2d(3, 64, 11, stride=4, padding=2),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, stride=2),
-        nn.Conv2d(64, 192, 5, padding=2),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, stride=2),
-        nn.Conv2d(192, 384, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(384, 256, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.Conv2d(256, 256, 3, padding=1),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, stride=2),
-        nn.Flatten(),
-        nn.Linear(256 * 6 * 6, 4096),
-        nn.ReLU(inplace=True),
-        nn.Linear(4096, 4096),
-        nn.ReLU(inplace=True),
-        nn.Linear(4096, 1000),
-    )
+    """AlexNet without dropout, and without the average pool that does nothing at this size: [N, 3, 224, 224] → [N, 1000]."""
+    net = fastconv.models.alexnet(dropout=0.0, layers="torch")
+    net.avgpool = nn.Identity()
     return _on(net, layers)
 
 
