@@ -98,9 +98,9 @@ def test_no_times_of_what_is_wrong(nets: Path, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("model", "options", "match"),
     [
-        ("nowhere.py:net", [], "nowhere.py: not a Python file"),
+        ("nowhere.py:net", [], "nowhere.py is not a Python file"),
         ("no.such.module:net", [], "no.such.module cannot be imported"),
-        ("{nets}", [], "must be path/to/file.py:function"),
+        ("{nets}", [], "path/to/file.py:callable"),
         ("{nets}:missing", [], "has no callable 'missing'"),
         ("{nets}:constant", [], "has no callable 'constant'"),
         ("{nets}:number", [], "must return a torch.nn.Module, got int"),

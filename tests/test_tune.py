@@ -302,7 +302,7 @@ def test_a_call_without_an_exact_result_is_left_out(monkeypatch: pytest.MonkeyPa
     [
         (["--input", "3x32x32"], "--input: must be NxCxHxW, four integers from 1 on, such as 8x3x32x32; got '3x32x32'"),
         (["--input", "0x3x32x32"], "--input: must be NxCxHxW"),
-        (["--model", "resnet18"], "--model: must be recipe, vgg11, vgg13, vgg16, vgg19 or path/to/file.py:callable"),
+        (["--model", "resnet18"], "--model: no net is named 'resnet18'"),
         (["--dtype", "int8"], "--dtype: invalid choice: 'int8'"),
         (["--budget", "0"], "--budget: must be a positive number of seconds, got '0'"),
         (["--budget", "soon"], "--budget: must be a positive number of seconds, got 'soon'"),
@@ -320,11 +320,11 @@ def test_arguments_that_are_none(arguments: list[str], message: str, capsys: pyt
     ("model", "options", "message"),
     [
         ("missing.py:net", [], "missing.py is not a Python file"),
-        ("my_net.py:absent", [], "my_net.py defines no callable 'absent'"),
+        ("my_net.py:absent", [], "my_net.py has no callable 'absent'"),
         ("my_net.py:number", [], "must return a torch.nn.Module, got int"),
         ("my_net.py:plain", [], "a training step of it calls none of fastconv's operators"),
-        ("recipe", ["--input", "2x3x32x16"], "takes square images, got --input 2x3x32x16"),
-        ("vgg16", ["--input", "2x3x16x16"], "takes images from 32×32 on, got --input 2x3x16x16"),
+        ("recipe", ["--input", "2x3x32x16"], "--model recipe, --input 2x3x32x16: takes square images"),
+        ("vgg16", ["--input", "2x3x16x16"], "--model vgg16, --input 2x3x16x16: vgg16: resolution must be at least 32"),
         ("recipe", ["--device", "meta"], "--device meta: allowed: auto, cpu, cuda"),
     ],
 )

@@ -5,6 +5,11 @@ from __future__ import annotations
 import argparse
 
 import torch
+from torch import nn
+
+from fastconv import models
+
+MODELS = f"{', '.join(models.list())}, path/to/file.py:callable or package.module:callable"
 
 
 def positive(text: str) -> int:
@@ -25,3 +30,37 @@ def device(name: str) -> str:
     if torch.device(name).type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: torch sees no CUDA device; `fastconv info` says why")
     return name
+
+
+def model_name(text: str) -> str:
+    if ":" not in text:
+        try:
+            models.registry.entry(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def model(name: str, shape: tuple[int, ...], layers: str = "fastconv") -> nn.Module:
+    """The net of --model for batches of --input [N, C, H, W].
+
+    Args:
+        name: of the registry, or of a callable, which is called without arguments.
+        layers: of the registry's nets; a callable's net is what it is.
+
+    Raises:
+        ValueError: there is no such net, or the registry's does not take such images.
+    """
+    try:
+        if ":" in name:
+            return models.load(name)
+        entry = models.registry.entry(name)
+    except ValueError as error:
+        raise ValueError(f"--model: {error}") from error
+    height, width = shape[2:]
+    try:
+        if height != width and entry.smallest is None:
+            raise ValueError("takes square images")
+        return models.build(name, in_channels=shape[1], resolution=min(height, width), layers=layers)
+    except ValueError as error:
+        raise ValueError(f"--model {name}, --input {'x'.join(map(str, shape))}: {error}") from error

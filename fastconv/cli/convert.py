@@ -5,17 +5,14 @@ from __future__ import annotations
 import argparse
 import copy
 import dataclasses
-import importlib
-import importlib.util
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import fastconv
 from fastconv.bench import conversion, timing
@@ -44,9 +41,7 @@ def add(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option(
-        "--model", required=True, metavar="PATH:NAME", help="a Python file or a module, and a function that returns the net"
-    )
+    option("--model", required=True, metavar="NAME", help=f"{arguments.MODELS}, which returns the net")
     option("--input", required=True, metavar="NxCxHxW", help="shape of a batch of images")
     option("--dtype", choices=_DTYPES, default="float32", help="of parameters and images")
     option("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
@@ -77,7 +72,10 @@ def _run(options: argparse.Namespace) -> int:
     dtype = getattr(torch, options.dtype)
     layout = _FORMATS[options.memory_format]
     torch.manual_seed(options.seed)
-    model = load(options.model)().to(device=device, dtype=dtype)
+    try:
+        model = arguments.model(options.model, shape, layers="torch").to(device=device, dtype=dtype)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     input = torch.randn(shape, device=device).to(dtype).contiguous(memory_format=layout)
     settings: dict[str, Any] = {"fuse": not options.no_fuse, "fold_batch_norm": not options.no_fold, "memory_format": layout}
     try:
@@ -86,7 +84,7 @@ def _run(options: argparse.Namespace) -> int:
         print(explanation, flush=True)
         found = conversion.compare(model, input, repeats=options.repeats, **settings)
     except ValueError as error:
-        raise UsageError(f"--model {options.model}, --input {options.input}: {_first_line(error)}") from error
+        raise UsageError(f"--model {options.model}, --input {options.input}: {str(error).partition(chr(10))[0]}") from error
     print("\n" + "\n".join(_lines(found)))
     if options.json:
         options.json.write_text(json.dumps(_content(explanation, found, options), indent=1) + "\n", encoding="utf-8")
@@ -94,63 +92,6 @@ def _run(options: argparse.Namespace) -> int:
         print(f"fastconv convert: the converted model is wrong, so no times are given: {found.wrong}", file=sys.stderr)
         return 1
     return 0
-
-
-def load(name: str) -> Callable[[], nn.Module]:
-    """The function that 'path/to/file.py:function' or 'package.module:function' names.
-
-    Raises:
-        UsageError: there is none; when called, that it fails or returns no module.
-    """
-    place, _, function = name.rpartition(":")
-    if not place or not function.isidentifier():
-        raise UsageError(f"--model {name}: must be path/to/file.py:function or package.module:function, without arguments")
-    try:
-        module = _file(Path(place)) if place.endswith(".py") or "/" in place else _module(place)
-    except UsageError:
-        raise
-    # What a user's file raises while it is imported.
-    except Exception as error:
-        raise UsageError(f"--model {name}: {place} cannot be imported: {_first_line(error)}") from error
-    made = getattr(module, function, None)
-    if not callable(made):
-        raise UsageError(f"--model {name}: {place} has no callable {function!r}")
-
-    def build() -> nn.Module:
-        try:
-            model = made()
-        except Exception as error:
-            raise UsageError(f"--model {name}: {function}() fails: {_first_line(error)}") from error
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"--model {name}: must return a torch.nn.Module, got {type(model).__name__}")
-        return model
-
-    return build
-
-
-def _file(path: Path) -> object:
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise UsageError(f"--model {path}: not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # where dataclasses and pickles of its classes look
-    sys.path.insert(0, str(path.parent.resolve()))  # as if it were run as a script
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    return module
-
-
-def _module(name: str) -> object:
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    return importlib.import_module(name)
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).partition("\n")[0]
-    return text if isinstance(error, ValueError) and text else f"{type(error).__name__}: {text}"
 
 
 def _shape(text: str) -> tuple[int, ...]:

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastconv import backends, models, tuning
+import fastconv
+from fastconv import backends, tuning
 from fastconv.bench import traffic
 from fastconv.cli import arguments
 from fastconv.models.layers import LAYERS
 
-_MODELS = ("recipe", "vgg11", "vgg13", "vgg16", "vgg19")
 _DTYPES = ("bfloat16", "float16", "float32")
 _CHIP = "sm_90"
 _NOTES = """\
@@ -47,7 +47,7 @@ def add(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     option = parser.add_argument
-    option("--model", type=_names, default="vgg16", metavar="NAME,...", help=f"{', '.join(_MODELS)}")
+    option("--model", type=_names, default="vgg16", metavar="NAME,...", help=arguments.MODELS)
     option("--input", default="3x224x224", metavar="CxHxW", help="shape of an image")
     option("--batch", type=arguments.positive, default=64, help="images a step")
     option("--dtype", choices=_DTYPES, default="bfloat16", help="of parameters and images")
@@ -168,20 +168,15 @@ def _explain(model: nn.Module, input: Tensor, chip: str) -> None:
 def _meta(name: str, shape: tuple[int, ...], dtype: torch.dtype, layers: str) -> tuple[nn.Module, Tensor]:
     """The net and a batch, on the meta device."""
     with torch.device("meta"):
-        if name == "recipe":
-            model: nn.Module = models.recipe_net(shape[2], in_channels=shape[1], layers=layers)
-        else:
-            model = models.vgg(int(name.removeprefix("vgg")), in_channels=shape[1], layers=layers)
+        model = arguments.model(name, shape, layers)
+        # What a callable returns may be on either layers.
+        model = fastconv.convert(model, inplace=True) if layers == "fastconv" else fastconv.restore(model)
         input = torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
     return model.to(dtype=dtype, memory_format=torch.channels_last), input  # type: ignore[call-overload]
 
 
 def _names(text: str) -> list[str]:
-    names = text.split(",")
-    unknown = [name for name in names if name not in _MODELS]
-    if unknown:
-        raise argparse.ArgumentTypeError(f"unknown {', '.join(map(repr, unknown))}; allowed: {', '.join(_MODELS)}")
-    return names
+    return [arguments.model_name(name) for name in text.split(",")]
 
 
 def _image(text: str) -> tuple[int, ...]:

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import math
 import re
 import time
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 import fastconv
-from fastconv import backends, models
+from fastconv import backends
 from fastconv.bench import timing, tune
 from fastconv.cli import arguments
 from fastconv.tuning import Call, tables
 
-_VGG = ("vgg11", "vgg13", "vgg16", "vgg19")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -38,10 +34,10 @@ def add(commands: Any) -> None:
     option = parser.add_argument
     option(
         "--model",
-        type=_model_name,
+        type=arguments.model_name,
         default="recipe",
-        help="recipe, vgg11, vgg13, vgg16, vgg19, or path/to/file.py:callable, a function without arguments that "
-        "returns a torch.nn.Module (default: recipe)",
+        metavar="NAME",
+        help=f"{arguments.MODELS}, which returns a torch.nn.Module (default: recipe)",
     )
     option(
         "--input",
@@ -101,7 +97,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _observe(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Counter[Call]:
     """The calls of a training step. Model and batch are gone when it returns, for measuring needs their memory."""
-    model = fastconv.convert(_model(name, shape)).to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    net = fastconv.convert(arguments.model(name, shape))
+    model = net.to(device).to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     x = torch.randn(shape, device=device).to(memory_format=torch.channels_last)
     calls = tune.observe(lambda: tune.training_step(model, x, dtype))
     if not calls:
@@ -123,40 +120,6 @@ def _shape(text: str) -> tuple[int, ...]:
     if not shape or 0 in shape:
         raise argparse.ArgumentTypeError(f"must be NxCxHxW, four integers from 1 on, such as 8x3x32x32; got {text!r}")
     return shape
-
-
-def _model_name(text: str) -> str:
-    if text != "recipe" and text not in _VGG and not re.fullmatch(r".+:\w+", text):
-        raise argparse.ArgumentTypeError(f"must be recipe, {', '.join(_VGG)} or path/to/file.py:callable, got {text!r}")
-    return text
-
-
-def _model(name: str, shape: tuple[int, ...]) -> nn.Module:
-    if name == "recipe":
-        if shape[2] != shape[3]:
-            raise ValueError(f"--model recipe takes square images, got --input {'x'.join(map(str, shape))}")
-        return models.recipe_net(shape[2], in_channels=shape[1])
-    if name in _VGG:
-        if min(shape[2:]) < 32:
-            raise ValueError(f"--model {name} takes images from 32×32 on, got --input {'x'.join(map(str, shape))}")
-        return models.vgg(int(name[3:]), in_channels=shape[1])
-    model = _function(*name.rsplit(":", 1))()
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"--model {name}: must return a torch.nn.Module, got {type(model).__name__}")
-    return model
-
-
-def _function(file: str, name: str) -> Callable[[], object]:
-    path = Path(file)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise ValueError(f"--model {file}:{name}: {file} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    function = getattr(module, name, None)
-    if not callable(function):
-        raise ValueError(f"--model {file}:{name}: {file} defines no callable {name!r}")
-    return function
 
 
 def _seconds(text: str) -> float:

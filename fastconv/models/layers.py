@@ -21,7 +21,8 @@ def with_layers(model: nn.Module, layers: str, builder: str) -> nn.Module:
 
 
 def require_positive(builder: str, **sizes: int) -> None:
-    """
+    """Refuse sizes that make no layer.
+
     Raises:
         ValueError: one of `sizes` is below 1.
     """
