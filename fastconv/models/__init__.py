@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from fastconv.models.alexnet import alexnet
 from fastconv.models.car_truck import car_truck
+from fastconv.models.embedding import with_embedding
 from fastconv.models.lenet5 import lenet5
 from fastconv.models.mnist_net import mnist_net
 from fastconv.models.network_in_network import network_in_network
@@ -28,4 +29,5 @@ __all__ = [
     "network_in_network",
     "recipe_net",
     "vgg",
+    "with_embedding",
 ]
