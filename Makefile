@@ -58,7 +58,7 @@ endif
 .PHONY: train test verify lint bench-cpu report sanitize docs gpu clean install
 
 train: $(stamp)
-	$(python) -m fastconv.cli train $(ARGS)
+	$(python) -m fastconv train --compare fastconv,torch $(ARGS)
 
 test: lint
 	$(python) -m pytest -q -m "not slow and not gpu"
@@ -84,7 +84,7 @@ else
 endif
 
 bench-cpu: $(stamp)
-	$(python) -m fastconv.cli bench --device cpu --out benchmarks/results $(ARGS)
+	$(python) -m fastconv bench --device cpu --out benchmarks/results $(ARGS)
 
 report: $(stamp)
 	$(python) -m benchmarks.report
@@ -119,8 +119,8 @@ sanitize: $(stamp)
 	@echo "make sanitize: no findings"
 
 docs: $(stamp)
-	$(python) -m fastconv.cli explain --traffic --model vgg16,recipe --markdown docs/traffic.md
-	$(python) -m fastconv.cli inspect --arch sm_80,sm_90,sm_100 --markdown docs/kernels.md
+	$(python) -m fastconv explain --traffic --model vgg16,recipe --markdown docs/traffic.md
+	$(python) -m fastconv inspect --arch sm_80,sm_90,sm_100 --markdown docs/kernels.md
 	$(python) tests/emu/device_code.py docs/cuda.md
 
 # Arguments are looked at before anything is built, which takes minutes and is no part's time.

@@ -57,7 +57,7 @@ def parts(setup: Setup) -> dict[str, list[Step]]:
 
 
 def _fastconv(*arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", "fastconv.cli", *arguments)
+    return (sys.executable, "-m", "fastconv", *arguments)
 
 
 def _bench(setup: Setup, *suites: str) -> Step:

@@ -20,7 +20,7 @@ MAX_LINES = 400
 
 
 def modules() -> list[Path]:
-    return sorted(p for p in ROOT.rglob("*.py") if p != ROOT / "__init__.py")
+    return sorted(p for p in ROOT.rglob("*.py") if p not in (ROOT / "__init__.py", ROOT / "__main__.py"))
 
 
 def room(path: Path) -> str:

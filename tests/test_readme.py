@@ -54,4 +54,4 @@ def test_commands(tmp_path: Path) -> None:
     commands = _commands()
     assert commands, "the README shows `fastconv` commands in its sh blocks"
     for command in commands:
-        assert _run([sys.executable, "-m", "fastconv.cli", *shlex.split(command)[1:]], tmp_path).strip()
+        assert _run([sys.executable, "-m", "fastconv", *shlex.split(command)[1:]], tmp_path).strip()

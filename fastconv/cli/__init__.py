@@ -1,16 +1,17 @@
-"""The command line: `fastconv info`, `train`, `convert`, `explain`, `bench`, `tune`, `inspect`; one file for each."""
+"""The command line: `fastconv info`, `train`, `predict`, `convert`, `explain`, `bench`, `tune`, `inspect`; a file each."""
 
 from __future__ import annotations
 
 import argparse
 import io
 import logging
+import signal
 import sys
 from collections.abc import Sequence
 
-from fastconv.cli import bench, convert, explain, info, inspect, train, tune
+from fastconv.cli import bench, convert, explain, info, inspect, predict, train, tune
 
-_COMMANDS = (info, train, convert, explain, bench, tune, inspect)
+_COMMANDS = (info, train, predict, convert, explain, bench, tune, inspect)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,7 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"fastconv {options.command}: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print(f"fastconv {options.command}: interrupted", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:  # a training tells where it stopped, and the signal
+        print(f"fastconv {options.command}: {error or 'interrupted'}", file=sys.stderr)
+        return 128 + getattr(error, "signal", signal.SIGINT)
     return status or 0

@@ -19,6 +19,13 @@ def positive(text: str) -> int:
     return value
 
 
+def whole(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be at least 0, got {text}")
+    return value
+
+
 def device(name: str) -> str:
     """A device's name; 'auto' is a GPU where there is one.
 

@@ -17,7 +17,7 @@ from fastconv.geometry import ConvGeometry
 from fastconv.precision import Policy, get_precision
 from fastconv.tuning import tables
 
-_OPTIONAL = {"scikit-learn": "fastconv train", "matplotlib": "fastconv train", "tqdm": "fastconv train"}
+_OPTIONAL = ("scikit-learn", "matplotlib", "numpy", "Pillow", "tqdm")
 
 
 def add(commands: Any) -> None:

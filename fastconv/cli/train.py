@@ -1,180 +1,322 @@
-"""`fastconv train`: the recipe net on real images, on fastconv's layers and on torch's."""
+"""`fastconv train`: train a net on fastconv's layers, or the same net on several kinds of layers side by side."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 
 import fastconv
 from fastconv import backends
-from fastconv.bench import timing
 from fastconv.cli import arguments
-from fastconv.models.layers import LAYERS
-from fastconv.train import checkpoint, data, loop, pictures
-from fastconv.train.loop import Epoch, Outcome, Settings
+from fastconv.cli.progress import Progress
+from fastconv.train import canvas, gallery, loop, memory, nets, pictures, runs, tables
+from fastconv.train.augment import Augmentation
+from fastconv.train.batches import evaluation
+from fastconv.train.checkpoint import Facts, load
+from fastconv.train.data import Dataset
+from fastconv.train.distributed import Group, joined
+from fastconv.train.loop import Outcome
+from fastconv.train.runs import Plan
+from fastconv.train.settings import DTYPES, LABELS, OPTIMIZERS, SCHEDULES, Settings
+from fastconv.train.step import freeze
 
-_DEFAULTS = Settings()
+_DESCRIPTION = """\
+Train a net and leave its checkpoint, metrics.jsonl and pictures in RUNS/NAME. What is not given is what suits the data set:
+`fastconv train` alone trains the recipe net on 1,797 handwritten digits in about a minute.
+
+  fastconv train --compare                     the same net on stock torch and torch.compile, epoch about, with ratios
+  fastconv train --data folder:photos          a folder of images for each class
+  fastconv train --transfer runs/a/fastconv-seed0.pt --freeze features --data folder:few
+  torchrun --nproc-per-node 2 -m fastconv train ...   several processes, a GPU for each
+  fastconv train --resume --name a             go on with a run that was stopped
+"""
+
+
+_AUGMENTATIONS = ", ".join(field.name for field in dataclasses.fields(Augmentation))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    if not all(names):
+        raise argparse.ArgumentTypeError(f"must be names with commas between them, got {text!r}")
+    return names
+
+
+def _labels(text: str) -> tuple[str, ...]:
+    names = _names(text)
+    if not set(names) <= set(LABELS) or len(set(names)) < len(names):
+        raise argparse.ArgumentTypeError(f"must be different ones of {','.join(LABELS)}, got {text!r}")
+    return names
+
+
+def _option(text: str) -> tuple[str, int | float | bool | str]:
+    name, equals, value = text.partition("=")
+    if not name.isidentifier() or not equals:
+        raise argparse.ArgumentTypeError(f"must be NAME=VALUE, such as width=64; got {text!r}")
+    for kind in (int, float):
+        try:
+            return name, kind(value)
+        except ValueError:
+            pass
+    return name, {"true": True, "false": False}.get(value.lower(), value)
+
+
+def _augmentation(text: str) -> Augmentation:
+    if text == "none":
+        return Augmentation()
+    values = dict(_option(part) for part in text.split(","))
+    unknown = values.keys() - {field.name for field in dataclasses.fields(Augmentation)}
+    if unknown:
+        raise argparse.ArgumentTypeError(f"allowed: none, or of {_AUGMENTATIONS}; got {', '.join(sorted(unknown))}")
+    try:
+        return Augmentation(**values)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def add(commands: Any) -> None:
     parser: argparse.ArgumentParser = commands.add_parser(
         "train",
-        help="train the recipe net on the digits data set",
-        description=(
-            "Train the recipe net on scikit-learn's 1,797 handwritten digits, through fastconv's fused layers and "
-            "through stock torch layers: same initial weights, same batches, epoch about, so that their times are "
-            "paired. Writes metrics.jsonl, curves.png and a checkpoint per net to RUNS/NAME, replacing a former run "
-            "of that name, and prints a table."
-        ),
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        help="train the recipe net, another one or your own, on digits or on your data",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    option = parser.add_argument
-    option("--name", default="digits", help="name of the run")
-    option("--runs", type=Path, default=Path("runs"), help="folder that runs are kept in")
-    option("--layers", choices=("both", *LAYERS), default="both", help="which nets to train")
-    option("--seeds", type=arguments.positive, default=1, help="how many seeds to train, from --seed upwards")
-    option("--seed", type=int, default=_DEFAULTS.seed, help="first seed: weights, order and moves of images")
-    option("--epochs", type=arguments.positive, default=_DEFAULTS.epochs, help="passes over the training images")
-    option("--batch-size", type=arguments.positive, default=_DEFAULTS.batch_size, help="images a step")
-    option("--learning-rate", type=float, default=_DEFAULTS.learning_rate, help="the highest of the one-cycle schedule")
-    option("--resolution", type=arguments.positive, default=_DEFAULTS.resolution, help="images are resized to R×R pixels")
-    option("--width", type=arguments.positive, default=_DEFAULTS.width, help="channels of the net's first block")
-    option("--max-width", type=arguments.positive, default=_DEFAULTS.max_width, help="most channels of any block")
-    option("--downsample", choices=("max", "conv"), default=_DEFAULTS.downsample, help="how maps are halved")
-    option("--dtype", choices=tuple(loop.DTYPES), default=_DEFAULTS.dtype, help="the 16-bit ones by autocast")
-    option("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ...")
-    option("--backend", choices=backends.REQUESTS, default=backends.requested(), help="fastconv's backend")
+    run_ = parser.add_argument_group("run").add_argument
+    run_("--name", help="of the run (default: the data set's, numbered if it is taken)")
+    run_("--runs", type=Path, default=Path("runs"), help="folder that runs are kept in (default: runs)")
+    run_("--resume", action="store_true", help="go on with the run of this name, the last one without a name")
+    run_("--overwrite", action="store_true", help="begin anew in the folder of a former run of this name")
+    run_("--seed", type=arguments.whole, help="first seed: weights, order and changes of images, dropout (default: 0)")
+    run_("--seeds", type=arguments.positive, help="how many seeds to train, one after the other (default: 1)")
+    run_(
+        "--compare",
+        type=_labels,
+        nargs="?",
+        const=LABELS,
+        metavar="NETS",
+        help="train the net of each of these kinds of layers side by side: fastconv, torch, compile (default: all three)",
+    )
+    run_("--quiet", action="store_true", help="print errors alone")
+
+    data = parser.add_argument_group("data").add_argument
+    data("--data", metavar="DATA", help="digits (default), cifar10[:PATH], mnist[:PATH], folder:PATH, synthetic[:COUNT]")
+    data("--classes", type=_names, help="a subset of the classes, by name: cat,dog")
+    data("--validation", type=float, metavar="SHARE", help="share of the training images to hold out")
+    data("--skip-corrupt", action="store_true", default=None, help="leave out images that cannot be read, and count them")
+    data("--resolution", type=arguments.positive, metavar="R", help="images are R×R pixels")
+    data("--augment", type=_augmentation, metavar="NAME=VALUE,...", help=f"none, or of: {_AUGMENTATIONS}")
+
+    net = parser.add_argument_group("net").add_argument
+    net("--model", help="a name of fastconv.models.list(), or path/to/file.py:callable")
+    net("--option", action="append", type=_option, metavar="NAME=VALUE", help="of the model, such as width=64; repeatable")
+    net(
+        "--embedding", type=arguments.positive, metavar="UNITS", help="a layer of so many units before the last; 2 are drawn"
+    )
+    net(
+        "--transfer",
+        metavar="CHECKPOINT",
+        help="start from the weights of a checkpoint, whose net and size are then the default",
+    )
+    net("--freeze", type=_names, metavar="MODULES", help="modules that are not trained: features")
+
+    how = parser.add_argument_group("how").add_argument
+    how("--epochs", type=arguments.positive, help="passes over the training images")
+    how("--batch-size", type=arguments.positive, help="images a step, over all processes")
+    how("--optimizer", choices=OPTIMIZERS, help="sgd has Nesterov's momentum")
+    how("--learning-rate", type=float, help="the highest of the schedule")
+    how("--weight-decay", type=float, help="of weights, not of biases and norms")
+    how("--momentum", type=float, help="of sgd")
+    how("--schedule", choices=SCHEDULES)
+    how("--label-smoothing", type=float)
+    how("--dtype", choices=tuple(DTYPES), help="the 16-bit ones by autocast")
+    how("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ... (default: auto)")
+    how("--compile", action="store_true", default=None, help="through torch.compile")
+    how(
+        "--cuda-graph",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="capture a whole step and replay it (default: on a GPU, with one process)",
+    )
+    how("--backend", choices=backends.REQUESTS, default=backends.requested(), help="fastconv's backend")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
     """Train, write what there is to keep, print the table."""
-    # For both nets alike: a CPU's convolutions take up to 200 times as long over denormal numbers. Threads inherit the
+    # For all nets alike: a CPU's convolutions take up to 200 times as long over denormal numbers. Threads inherit the
     # setting when they start, so it comes before the first operator.
     torch.set_flush_denormal(True)
     try:
-        _train(options)
+        with joined(arguments.device(options.device)) as (group, device):
+            _Command(options, group, device).run()
     finally:
         torch.set_flush_denormal(False)
 
 
-def _train(options: argparse.Namespace) -> None:
-    pictures.require_matplotlib()  # not found missing only after the training
-    device = arguments.device(options.device)
-    layers = LAYERS if options.layers == "both" else (options.layers,)
-    settings = [
-        Settings(
-            resolution=options.resolution,
-            width=options.width,
-            max_width=options.max_width,
-            downsample=options.downsample,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
-            seed=seed,
-            dtype=options.dtype,
-            device=device,
-        )
-        for seed in range(options.seed, options.seed + options.seeds)
-    ]
-    with torch.device("meta"):
-        loop.build(settings[0], 1, 1, "torch")  # settings that make no net are refused before a former run is replaced
-    folder = options.runs / options.name
-    folder.mkdir(parents=True, exist_ok=True)
-    digits = data.load_digits(options.resolution)
-    outcomes: list[Outcome] = []
-    backends.chosen.clear()
-    with (
-        backends.use_backend(options.backend),
-        open(folder / "metrics.jsonl", "w", encoding="utf-8") as metrics,
-        _progress(options.seeds * len(layers) * options.epochs * loop.steps_per_epoch(digits, settings[0])) as bar,
-    ):
-        _write(metrics, event="start", **_environment(options.backend), **settings[0].as_dict(), seeds=options.seeds)
-        for each in settings:
-            finished = loop.fit(
-                digits,
-                each,
-                layers=layers,
-                on_step=bar.update,
-                on_epoch=lambda epoch: _report(epoch, options.epochs, metrics, bar),
+class _Command:
+    """A call of `fastconv train`, of this process of the group."""
+
+    def __init__(self, options: argparse.Namespace, group: Group, device: str) -> None:
+        canvas.require_matplotlib()  # not found missing only after the training
+        self.options, self.group, self.device = options, group, device
+        self.quiet = options.quiet or not group.is_first
+
+    def run(self) -> None:
+        plan, folder = self._resumed() if self.options.resume else (self._new(), None)
+        data = loop.of_settings(plan.settings, self.group.world)
+        facts = Facts.of(data)
+        # What makes no net is refused before a former run is touched.
+        net = nets.build(plan.settings, classes=len(facts.classes), channels=facts.channels)
+        freeze(net, plan.settings.freeze)
+        if folder is None:
+            folder = self._folder(plan)
+        if self.group.is_first:
+            plan.write(folder)
+        batches = loop.batches_of(plan.settings, data, self.group)
+        parameters = sum(parameter.numel() for parameter in net.parameters())
+        self._say(tables.beginning(plan.settings, data, batches, parameters, plan.seeds, self.group.world))
+        self._say(f"{'run':<10} {folder}")
+        outcomes = self._train(plan, data, folder, batches.images_per_epoch, batches.batch_size)
+        if self.group.is_first:
+            self._show(plan, data, folder, outcomes)
+
+    def _given(self) -> dict[str, Any]:
+        """The settings that options name."""
+        own = ("resolution", "embedding", "epochs", "batch_size", "optimizer", "learning_rate", "weight_decay", "momentum")
+        same = (*own, "schedule", "label_smoothing", "dtype", "compile", "cuda_graph", "transfer", "freeze", "model")
+        given = {name: getattr(self.options, name) for name in (*same, "classes", "validation", "skip_corrupt")}
+        given["augmentation"] = self.options.augment
+        given["options"] = None if self.options.option is None else dict(self.options.option)
+        return {name: value for name, value in given.items() if value is not None}
+
+    def _new(self) -> Plan:
+        given = self._given()
+        if self.options.transfer:
+            lent = load(Path(self.options.transfer)).settings
+            given = {name: getattr(lent, name) for name in ("model", "resolution", "options", "embedding")} | given
+        settings = Settings.of(self.options.data or "digits", **given, device=self.device)
+        labels = self.options.compare or ("fastconv",)
+        if self.group.world > 1 and len(labels) > 1:
+            raise ValueError(f"--compare is of one process, got {self.group.world} processes")
+        first = self.options.seed or 0
+        return Plan(settings, tuple(labels), tuple(range(first, first + (self.options.seeds or 1))))
+
+    def _resumed(self) -> tuple[Plan, Path]:
+        folder = self._at(resume=True)
+        plan = Plan.read(folder)
+        given = self._given()
+        if self.options.data:
+            given["data"] = self.options.data
+        held = {name: getattr(plan.settings, name) for name in given}
+        if "options" in given:
+            held["options"] = {name: plan.settings.options.get(name) for name in given["options"]}
+        for name, (asked, kept) in {"compare": (self.options.compare, plan.labels)}.items():
+            if asked:
+                given[name], held[name] = tuple(asked), kept
+        other = [f"{name} is {held[name]!r}, got {given[name]!r}" for name in given if given[name] != held[name]]
+        if other:
+            raise ValueError(f"--resume goes on with {folder} as it was begun: {'; '.join(other)}")
+        return Plan(plan.settings.on(self.device), plan.labels, plan.seeds), folder
+
+    def _folder(self, plan: Plan) -> Path:
+        """A new folder, or that of a former run, emptied."""
+        named = self.options.name is not None
+        if named and self._path(1).exists() and not self.options.overwrite:
+            raise ValueError(
+                f"{self._path(1)} holds a run: --resume goes on with it, --overwrite begins anew, another --name keeps it"
             )
-            for outcome in finished:
-                _write(metrics, event="result", layers=outcome.layers, seed=each.seed, test_accuracy=outcome.test_accuracy)
-                checkpoint.save(
-                    folder / f"{outcome.layers}-seed{each.seed}.pt",
-                    outcome,
-                    in_channels=digits.train.images.shape[1],
-                    classes=digits.classes,
+        folder = self._path(1) if named or self.options.overwrite else self._at(resume=False)
+        if self.group.is_first:
+            runs.clear(folder)
+        self.group.barrier()
+        return folder
+
+    def _at(self, resume: bool) -> Path:
+        """The folder that comes next, or the last; the first process looks, before it makes one."""
+        if self.options.name is not None:
+            return self._path(1)
+        found = runs.number(self.options.runs, self._name, resume) if self.group.is_first else 0
+        return self._path(self.group.any(found))
+
+    @property
+    def _name(self) -> str:
+        return self.options.name or (self.options.data or "digits").split(":")[0]
+
+    def _path(self, number: int) -> Path:
+        path: Path = runs.folder(self.options.runs, self._name, number)
+        return path
+
+    def _train(self, plan: Plan, data: Dataset, folder: Path, images: int, batch: int) -> list[Outcome]:
+        environment = {
+            "fastconv": fastconv.__version__,
+            "torch": str(torch.__version__),
+            "backend": self.options.backend,
+            "threads": torch.get_num_threads(),
+            "machine": tables.machine(plan.settings, self.group.world),
+        }
+        epochs = plan.settings.epochs
+        outcomes: list[Outcome] = []
+        backends.chosen.clear()
+        total = images * epochs * len(plan.labels) * len(plan.seeds)
+        with (
+            backends.use_backend(self.options.backend),
+            runs.metrics(folder if self.group.is_first else None, plan, environment) as metrics,
+            Progress(total, epochs, self.quiet) as progress,
+        ):
+            for warning in runs.changed(folder, plan, environment) if self.options.resume else ():
+                progress.say(warning)
+
+            def after(epoch: loop.Epoch) -> None:
+                metrics.write("epoch", **vars(epoch))
+                progress.epoch(epoch)
+
+            for seed in plan.seeds:
+                outcomes += loop.fit_together(
+                    plan.settings.with_seed(seed),
+                    plan.labels,
+                    data=data,
+                    folder=folder,
+                    resume=self.options.resume,
+                    group=self.group,
+                    environment=environment,
+                    on_step=lambda trainee: progress.step(trainee, batch),
+                    on_epoch=after,
                 )
-            outcomes += finished
-    pictures.draw_curves(folder / "curves.png", [epoch for outcome in outcomes for epoch in outcome.epochs])
-    backend = options.backend + (f" ({', '.join(sorted(backends.chosen))})" if backends.chosen else "")
-    print(table(outcomes, backend))
-    print(f"curves, metrics and checkpoints: {folder}")
+                for outcome in outcomes[-len(plan.labels) :]:
+                    metrics.write("result", label=outcome.label, seed=seed, **vars(outcome.test))
+                progress.reach(len(outcomes) * images * epochs)
+        return outcomes
 
+    def _show(self, plan: Plan, data: Dataset, folder: Path, outcomes: Sequence[Outcome]) -> None:
+        settings, first = plan.settings, outcomes[0]
+        pictures.draw_curves(folder / "curves.png", [epoch for outcome in outcomes for epoch in outcome.epochs])
+        gallery.draw(
+            folder,
+            first.model,
+            batches=(
+                (images, labels) for images, labels, _ in evaluation(data, data.test, device=torch.device(self.device))
+            ),
+            names=data.classes,
+            mean=data.mean,
+            std=data.std,
+        )
+        growth: dict[str, int] = {}
+        if torch.device(self.device).type == "cuda":
+            growth = {o.label: max(e.growth for e in o.epochs) for o in outcomes}
+        elif len(plan.labels) > 1 and not self.quiet:
+            self._say("measuring the memory of a step, in a process for each net")
+            facts = Facts.of(data)
+            size = {"classes": len(facts.classes), "channels": facts.channels}
+            growth = {label: memory.peak(label, settings, **size, backend=self.options.backend) for label in plan.labels}
+        backend = self.options.backend + (f" ({', '.join(sorted(backends.chosen))})" if backends.chosen else "")
+        self._say("\n" + tables.results(outcomes, growth, backend, self.group.world))
+        self._say(f"checkpoints, pictures and metrics: {folder}")
 
-def table(outcomes: Sequence[Outcome], backend: str) -> str:
-    """What a run came to: test accuracy at the last epoch, seconds per epoch, their ratio, and what it ran on."""
-    settings = outcomes[0].settings
-    by_layers: dict[str, list[Outcome]] = {}
-    for outcome in outcomes:
-        by_layers.setdefault(outcome.layers, []).append(outcome)
-    epoch_times = {
-        layers: timing.Timing(tuple(epoch.seconds for outcome in group for epoch in outcome.epochs))
-        for layers, group in by_layers.items()
-    }
-    lines = [f"{'layers':<10} {'test accuracy':<26} seconds per epoch"]
-    for layers, group in by_layers.items():
-        accuracies = [100 * outcome.test_accuracy for outcome in group]
-        accuracy = f"{statistics.mean(accuracies):.2f} %"
-        if len(accuracies) > 1:
-            accuracy += f" ± {statistics.stdev(accuracies):.2f} ({len(accuracies)} seeds)"
-        lines.append(f"{layers:<10} {accuracy:<26} {timing.seconds(epoch_times[layers])}")
-    if len(by_layers) == 2:
-        ratio = timing.ratio(epoch_times["torch"], epoch_times["fastconv"])
-        lines.append(f"torch / fastconv: {timing.times(ratio)} over {len(ratio.runs)} paired epochs")
-    where = torch.device(settings.device)
-    machine = torch.cuda.get_device_name(where) if where.type == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    lines.append(f"backend {backend}; {machine}; {settings.dtype}; torch {torch.__version__}")
-    lines.append("times: median (20%–80% of the epochs), training only, evaluation not counted")
-    return "\n".join(lines)
-
-
-def _report(epoch: Epoch, epochs: int, metrics: TextIO, bar: Any) -> None:
-    _write(metrics, event="epoch", **vars(epoch))
-    bar.write(
-        f"seed {epoch.seed} epoch {epoch.epoch:>2}/{epochs} {epoch.layers:<8} "
-        f"train loss {epoch.train_loss:.3f} accuracy {100 * epoch.train_accuracy:6.2f} %  "
-        f"validation loss {epoch.validation_loss:.3f} accuracy {100 * epoch.validation_accuracy:6.2f} %  "
-        f"{epoch.seconds:.2f} s"
-    )
-
-
-def _write(metrics: TextIO, **record: object) -> None:
-    metrics.write(json.dumps(record) + "\n")
-    metrics.flush()
-
-
-def _environment(backend: str) -> dict[str, object]:
-    return {
-        "fastconv": fastconv.__version__,
-        "torch": torch.__version__,
-        "backend": backend,
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _progress(steps: int) -> Any:
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "progress is shown by tqdm, which is not installed: pip install 'fastconv[train]' (or tqdm)"
-        ) from error
-    return tqdm(total=steps, unit="step", disable=None, smoothing=0.05)
+    def _say(self, text: str) -> None:
+        if not self.quiet:
+            print(text)

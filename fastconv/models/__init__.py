@@ -14,7 +14,7 @@ from fastconv.models.lenet5 import lenet5
 from fastconv.models.mnist_net import mnist_net
 from fastconv.models.network_in_network import network_in_network
 from fastconv.models.recipe import recipe_net
-from fastconv.models.registry import build, load, native
+from fastconv.models.registry import build, load, native, resolution_for
 from fastconv.models.registry import list as list  # not in __all__, or an import of * would hide Python's
 from fastconv.models.vgg import vgg
 
@@ -28,6 +28,7 @@ __all__ = [
     "native",
     "network_in_network",
     "recipe_net",
+    "resolution_for",
     "vgg",
     "with_embedding",
 ]

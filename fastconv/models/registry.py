@@ -8,7 +8,7 @@ import importlib
 import importlib.util
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,6 +100,19 @@ def entry(name: str) -> Entry:
     return _ENTRIES[name]
 
 
+def resolution_for(name: str, wanted: int) -> int:
+    """`wanted` where the net takes images of that size, or is one of one's own; else the size that it was made for.
+
+    Raises:
+        ValueError: no net has this name.
+    """
+    if ":" in name:
+        return wanted
+    found = entry(name)
+    is_fixed = found.smallest is None and "resolution" not in found.arguments()
+    return found.native.resolution if is_fixed or wanted < (found.smallest or 0) else wanted
+
+
 def build(
     name: str,
     *,
@@ -145,11 +158,12 @@ def build(
     return found.builder(in_channels=channels, layers=layers, **sizes, **options)
 
 
-def load(spec: str, **arguments: Any) -> nn.Module:
+def load(spec: str, offered: Mapping[str, Any] | None = None, /, **arguments: Any) -> nn.Module:
     """The net that a function of one's own returns. It runs the file's code, as `python` would.
 
     Args:
         spec: 'path/to/file.py:callable' or 'package.module:callable', the latter from the current folder on as well.
+        offered: what the callable is called with where it has parameters of these names.
         arguments: what the callable is called with.
 
     Raises:
@@ -172,12 +186,17 @@ def load(spec: str, **arguments: Any) -> nn.Module:
         if not callable(made):
             raise ValueError(f"{spec}: {place} has no callable {function!r}")
         try:
-            model = made(**arguments)
+            model = made(**{**_wanted(made, offered or {}), **arguments})
         except Exception as error:
             raise ValueError(f"{spec}: {function}() fails: {_first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise ValueError(f"{spec}: must return a torch.nn.Module, got {type(model).__name__}")
     return model
+
+
+def _wanted(function: Callable[..., object], offered: Mapping[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(function).parameters
+    return {name: value for name, value in offered.items() if name in parameters}
 
 
 @contextlib.contextmanager

@@ -43,14 +43,14 @@ def _measure(net: Net, dtype: str, provider: str) -> int:
     for shown in (small, net):  # the first step of all loads code, which is not a step's memory
         runner = Runner(shown, dtype, provider, shown.build("torch").state_dict(), True, device)
         batch = Batch(shown, next(runner.model.parameters()).dtype, 10, device)
-        before = _status("VmRSS")
+        before = resident("VmRSS")
         for _ in range(_STEPS):
             runner.step(batch)
-    return _status("VmHWM") - before
+    return resident("VmHWM") - before
 
 
-def _status(name: str) -> int:
-    """VmRSS, this process's bytes in memory now, or VmHWM, the most that they were."""
+def resident(name: str) -> int:
+    """VmRSS, this process's bytes in memory now, or VmHWM, the most that they were. Of Linux."""
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     (kilobytes,) = (line.split()[1] for line in lines if line.startswith(f"{name}:"))
     return int(kilobytes) * 1024
