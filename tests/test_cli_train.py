@@ -16,7 +16,7 @@ import torch
 import fastconv
 from fastconv import backends
 from fastconv.cli import main
-from fastconv.train import checkpoint
+from fastconv.train import checkpoint, runs
 
 for library in ("sklearn", "tqdm", "matplotlib", "PIL"):
     pytest.importorskip(library)
@@ -76,6 +76,32 @@ def test_a_run_is_never_lost(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (tmp_path / "digits" / "mine.txt").exists()
 
 
+def test_no_run_is_emptied_for_what_cannot_be_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = ["train", *SMALL, "--epochs", "1", "--runs", str(tmp_path), "--name", "a"]
+    assert main([*train, "--quiet"]) == 0
+    net = tmp_path / "a" / "fastconv-seed0.pt"
+    kept = net.read_bytes()
+    for wrong, message in (
+        (["--transfer", str(net)], "which --overwrite would empty"),
+        (["--option", "width=abc"], "cannot be built"),
+        (["--freeze", "nothing"], "freeze must name"),
+        (["--compare", "--compile"], "--compile is of one net"),
+        (["--resume"], "--overwrite begins anew, --resume goes on"),
+    ):
+        assert main([*train, "--overwrite", *wrong]) == 1
+        assert message in capsys.readouterr().err
+        assert net.read_bytes() == kept
+
+
+def test_runs_are_numbered(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="a holds no run"):
+        runs.last(tmp_path, "a")
+    assert [runs.claim(tmp_path, "a") for _ in range(3)] == [1, 2, 3]
+    runs.folder(tmp_path, "a", 2).rmdir()
+    assert runs.last(tmp_path, "a") == 3
+    assert runs.claim(tmp_path, "a") == 2
+
+
 def test_quiet_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *SMALL, "--epochs", "1", "--runs", str(tmp_path), "--quiet"]) == 0
     assert capfd.readouterr() == ("", "")
@@ -104,6 +130,8 @@ def test_a_signal_stops_and_resume_goes_on(tmp_path: Path, number: int, capsys: 
     assert "--resume goes on from it" in said and "Traceback" not in said
     assert main(["train", "--resume", "--name", "cut", "--runs", str(tmp_path), "--epochs", "13"]) == 1
     assert "as it was begun: epochs is 12, got 13" in capsys.readouterr().err
+    assert main(["train", "--resume", "--name", "cut", "--runs", str(tmp_path), "--seeds", "3"]) == 1
+    assert "seeds is (0, 1), got (0, 1, 2)" in capsys.readouterr().err
     assert main(["train", "--resume", "--name", "cut", "--runs", str(tmp_path), "--device", "cpu"]) == 0
     assert main(["train", *arguments[:-1], "whole", "--runs", str(tmp_path), "--quiet"]) == 0
 
@@ -190,6 +218,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str],
         (["--seed", "-1"], "must be at least 0"),
         (["--compare", "eager"], "must be different ones of fastconv,torch,compile, got 'eager'"),
         (["--augment", "zoom=2"], "got zoom"),
+        (["--augment", "flip=no"], "flip must be true or false"),
         (["--option", "width"], "must be NAME=VALUE"),
         (["--classes", "a,,b"], "must be names with commas between them"),
     ],

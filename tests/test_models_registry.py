@@ -233,3 +233,28 @@ def test_an_entry_is_what_it_says() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         entry.smallest = 1  # type: ignore[misc]
     assert entry.arguments() == {"num_classes", "in_channels", "dropout", "layers"}
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "taken"),
+    [
+        ("recipe", 32, 32),
+        ("lenet5", 32, 28),
+        ("vgg11", 32, 32),
+        ("vgg11", 28, 224),
+        ("alexnet", 32, 224),
+        ("own.py:net", 7, 7),
+    ],
+)
+def test_the_size_that_a_net_is_given(name: str, wanted: int, taken: int) -> None:
+    assert models.resolution_for(name, wanted) == taken
+
+
+def test_what_is_offered_is_taken_where_there_is_a_parameter_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    path.write_text("from torch import nn\ndef net(num_classes, width=3):\n    return nn.Linear(width, num_classes)\n")
+    model = models.load(f"{path}:net", {"num_classes": 7, "resolution": 32}, width=5)
+    assert isinstance(model, nn.Linear)
+    assert (model.in_features, model.out_features) == (5, 7)
+    with pytest.raises(ValueError, match="unexpected keyword argument 'depth'"):
+        models.load(f"{path}:net", {"num_classes": 7}, depth=2)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
+import made_data
 import pytest
 import torch
 import torch.nn.functional as F
@@ -266,3 +268,17 @@ def test_digits_are_learnt() -> None:
     outcome = fit(Settings())
     # Five seeds average 99.0 % and more; a single one may fall a little short.
     assert outcome.test.accuracy >= 0.98
+
+
+def test_a_score_counts_the_images_that_could_be_read(tmp_path: Path) -> None:
+    """From disk as from memory, where a corrupt file is left out before."""
+    pytest.importorskip("PIL")
+    made_data.folder(tmp_path)
+    name = f"folder:{tmp_path}"
+    Path(load(name, resolution=8, memory_limit=0).test.names[1]).write_bytes(b"no image")
+    settings = dataclasses.replace(SMALL, epochs=1, batch_size=8, learning_rate=0.0)
+    memory, disk = (load(name, resolution=8, skip_corrupt=True, memory_limit=limit) for limit in (None, 0))
+    scores = [fit(settings, data=data).test for data in (memory, disk)]
+    assert len(memory.test) == len(disk.test) - 1
+    assert scores[1].loss == pytest.approx(scores[0].loss, rel=1e-6)
+    assert scores[1].accuracy == scores[0].accuracy

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastconv.train import Outcome, Settings, Stopped, checkpoint, fit, load
+from fastconv.train import Outcome, Predictor, Settings, Split, Stopped, checkpoint, fit, load
 from fastconv.train.checkpoint import Checkpoint, Facts
 from fastconv.train.trainee import Trainee
 
@@ -101,6 +101,17 @@ def test_going_on_after_an_epoch_and_after_the_end(tmp_path: Path) -> None:
     assert not steps, "a finished training is not trained again"
 
 
+def test_a_net_is_transferred_as_it_is(tmp_path: Path) -> None:
+    fit(dataclasses.replace(SMALL, epochs=1, embedding=3), folder=tmp_path)
+    path = tmp_path / "fastconv-seed0.pt"
+    settings = checkpoint.transferring(path, "cifar10", epochs=2, options={"max_width": 8})
+    assert dict(settings.options) == {"width": 8, "max_width": 8}, "CIFAR-10's own net has norms, this one has none"
+    assert (settings.model, settings.resolution, settings.embedding, settings.transfer) == ("recipe", 8, 3, str(path))
+    assert (settings.epochs, settings.batch_size) == (2, Settings.of("cifar10").batch_size)
+    other = checkpoint.transferring(path, "digits", model="lenet5")
+    assert (other.model, other.resolution, dict(other.options)) == ("lenet5", 28, {})
+
+
 def test_a_net_that_was_handed_over_is_not_built_from_its_checkpoint(tmp_path: Path) -> None:
     outcome = fit(dataclasses.replace(SMALL, epochs=1), model=_dropping(), folder=tmp_path)
     path = tmp_path / "fastconv-seed0.pt"
@@ -116,10 +127,69 @@ def test_without_a_checkpoint_to_resume_it_begins(tmp_path: Path) -> None:
 
 
 def test_a_stop_in_the_last_step_of_an_epoch_waits_for_its_end(tmp_path: Path) -> None:
-    with pytest.raises(Stopped, match="epoch 3, step 1"):
+    with pytest.raises(Stopped, match="epoch 3, step 0"):
         fit(SMALL, folder=tmp_path, on_step=_stopping_at(1, STEPS, signal.SIGINT))
     assert checkpoint.load(tmp_path / "fastconv-seed0.pt").state["epoch"] == 2
     _equal(fit(SMALL, folder=tmp_path, resume=True), fit(SMALL))
+
+
+def test_an_epoch_of_one_step_can_be_stopped(tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMALL, batch_size=60)
+    with pytest.raises(Stopped, match="epoch 2, step 0"):
+        fit(settings, folder=tmp_path, on_step=_stopping_at(0, 1))
+    _equal(fit(settings, folder=tmp_path, resume=True), fit(settings))
+
+
+def test_a_signal_at_the_very_end_is_not_lost(tmp_path: Path) -> None:
+    """The next seed of a run must not begin."""
+    with pytest.raises(Stopped, match="stopped at the end"):
+        fit(SMALL, folder=tmp_path, on_step=_stopping_at(SMALL.epochs - 1, STEPS))
+    _equal(fit(SMALL, folder=tmp_path, resume=True), fit(SMALL))
+
+
+def test_signals_that_are_ignored_stay_ignored(tmp_path: Path) -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        fit(dataclasses.replace(SMALL, epochs=1), folder=tmp_path, on_step=_stopping_at(0, 1, signal.SIGINT))
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_net_of_ones_own_is_run_only_where_it_is_named(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    own = tmp_path / "own.py"
+    own.write_text(
+        "from pathlib import Path\nfrom torch import nn\n"
+        "def net(num_classes):\n"
+        f"    Path({str(ran)!r}).touch()\n"
+        "    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, num_classes))\n"
+    )
+    spec = f"{own}:net"
+    fit(dataclasses.replace(SMALL, model=spec, options={}, epochs=1), folder=tmp_path)
+    path = tmp_path / "fastconv-seed0.pt"
+    ran.unlink()
+    for refused in (
+        lambda: checkpoint.load_model(path),
+        lambda: checkpoint.transferring(path, "digits"),
+        lambda: Predictor(path),
+    ):
+        with pytest.raises(ValueError, match=r"its net is built by running .*own\.py:net; .* name it"):
+            refused()
+    with pytest.raises(ValueError, match="model='other:net' is another one"):
+        checkpoint.load_model(path, model="other:net")
+    assert not ran.exists()
+    assert checkpoint.transferring(path, "digits", model=spec).model == spec
+    checkpoint.load_model(path, model=spec)
+    assert ran.exists()
+
+
+def test_other_data_are_not_gone_on_with(tmp_path: Path) -> None:
+    data = load("synthetic:80", resolution=8)
+    fit(dataclasses.replace(SMALL, epochs=1), data=data, folder=tmp_path)
+    fewer = dataclasses.replace(data, test=Split(data.test.images[1:], data.test.labels[1:], list(data.test.names)[1:]))
+    with pytest.raises(ValueError, match="is of another training: the data have changed"):
+        fit(dataclasses.replace(SMALL, epochs=1), data=fewer, folder=tmp_path, resume=True)
 
 
 def test_signals_are_the_callers_again(tmp_path: Path) -> None:
@@ -176,7 +246,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def _checkpoint(count: int, value: float) -> Checkpoint:
-    facts = Facts(("a", "b"), 3, (0.5,) * 3, (0.2,) * 3)
+    facts = Facts(("a", "b"), 3, (0.5,) * 3, (0.2,) * 3, "")
     return Checkpoint(Settings(), facts, {"tensor": torch.full((count,), value)}, None, {})
 
 
@@ -203,7 +273,7 @@ _WRITER = textwrap.dedent(
     from fastconv.train import Settings, checkpoint
     from fastconv.train.checkpoint import Checkpoint, Facts
 
-    facts = Facts(("a", "b"), 3, (0.5,) * 3, (0.2,) * 3)
+    facts = Facts(("a", "b"), 3, (0.5,) * 3, (0.2,) * 3, "")
     value = float(sys.argv[2])
     while True:
         value += 1

@@ -12,6 +12,8 @@ from torch import nn
 from fastconv import models
 from fastconv.train import Augmentation, Settings, nets
 
+SMALL = {"width": 4, "max_width": 8}
+
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
@@ -117,9 +119,41 @@ def test_a_net_that_does_not_fit_is_refused(tmp_path: Path, body: str, message: 
         nets.build(Settings.of("digits", model=_write(tmp_path, body), resolution=8), classes=10, channels=1)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"width": "abc"}, "model=recipe cannot be built with width='abc'"),
+        ({"layers": "torch"}, "options must not hold layers, which the data decide"),
+        ({"name": 3}, "options must not hold name"),
+    ],
+)
+def test_options_that_make_no_net_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        nets.build(Settings(options=options), classes=10, channels=1)
+
+
+def test_a_net_that_was_converted_already_is_torchs_where_that_is_asked_for(tmp_path: Path) -> None:
+    spec = _write(
+        tmp_path,
+        "import fastconv\n"
+        "def net():\n"
+        "    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10)]\n"
+        "    return fastconv.convert(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), *head))\n",
+    )
+    settings = Settings.of("digits", model=spec)
+    assert type(nets.build(settings, classes=10, channels=1, layers="torch")[0]) is nn.Conv2d
+    assert type(nets.build(settings, classes=10, channels=1)[0]).__name__ == "ConvReLU2d"
+
+
+def test_on_another_device_a_captured_training_is_as_any_other() -> None:
+    settings = Settings(device="cuda", cuda_graph=True)
+    assert settings.on("cpu") == Settings()
+    assert settings.on("cuda:1").cuda_graph is True
+
+
 def test_borrowed_weights() -> None:
     def net(classes: int, width: int = 4) -> nn.Module:
-        settings = Settings.of("digits", resolution=8, options={"width": width, "max_width": 8}, seed=classes)
+        settings = Settings.of("digits", resolution=8, options={**SMALL, "width": width}, seed=classes)
         return nets.build(settings, classes=classes, channels=1)
 
     lent, model = net(10), net(3)
@@ -127,7 +161,14 @@ def test_borrowed_weights() -> None:
     nets.borrow(model, lent.state_dict(), "net.pt")
     assert torch.equal(model.state_dict()["features.0.weight"], lent.state_dict()["features.0.weight"])
     assert torch.equal(model.state_dict()["classifier.weight"], head)
+    other = nets.build(Settings.of("digits", resolution=8, options=SMALL, embedding=2), classes=10, channels=1)
+    nets.borrow(other, lent.state_dict(), "net.pt")
+    assert torch.equal(other.state_dict()["features.0.weight"], lent.state_dict()["features.0.weight"])
+    deeper = {**lent.state_dict(), "features.9.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"its features\.9\.weight has shape \[1\], this one's none"):
+        nets.borrow(net(10), deeper, "net.pt")
     with pytest.raises(
-        ValueError, match=r"transfer=net\.pt has features\.0\.weight of shape \[4, 1, 3, 3\], but the net has .*\[8,"
+        ValueError,
+        match=r"transfer=net\.pt is of another net: its features\.0\.weight has shape \[4, 1, 3, 3\], this .*\[8,",
     ):
         nets.borrow(net(10, width=8), lent.state_dict(), "net.pt")

@@ -31,6 +31,7 @@ def add(commands: Any) -> None:
     option(
         "--json", action="store_true", help='a line for each image: {"image": ..., "top": [{"class": ..., "score": ...}]}'
     )
+    option("--model", help="the net's path/to/file.py:callable, where it is one of your own: its code is run")
     option("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ... (default: auto)")
     option("--backend", choices=backends.REQUESTS, default=backends.requested(), help="fastconv's backend")
     parser.set_defaults(run=run)
@@ -39,7 +40,9 @@ def add(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     torch.set_flush_denormal(True)
     try:
-        predictor = Predictor(options.checkpoint, device=arguments.device(options.device), tta=options.tta)
+        predictor = Predictor(
+            options.checkpoint, device=arguments.device(options.device), tta=options.tta, model=options.model
+        )
         with backends.use_backend(options.backend):
             for file, scores in zip(options.images, predictor.scores(options.images), strict=True):
                 _tell(file, predictor.top(scores, options.top), as_json=options.json)

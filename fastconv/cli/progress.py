@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 import time
@@ -13,16 +14,23 @@ from fastconv.train.trainee import Epoch, Trainee
 _LOOK_EVERY = 0.25  # seconds: to read a loss is to wait for the GPU
 
 
+def require_tqdm() -> None:
+    """Raise ModuleNotFoundError, with the command to type, where no progress could be shown."""
+    try:
+        importlib.import_module("tqdm")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "progress is shown by tqdm, which is not installed: pip install 'fastconv[train]' (or tqdm)"
+        ) from error
+
+
 class Progress:
     """A context; `quiet` says nothing at all."""
 
     def __init__(self, images: int, epochs: int, quiet: bool) -> None:
-        try:
-            from tqdm import tqdm
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "progress is shown by tqdm, which is not installed: pip install 'fastconv[train]' (or tqdm)"
-            ) from error
+        require_tqdm()
+        from tqdm import tqdm
+
         self._epochs, self._quiet, self._looked = epochs, quiet, 0.0
         self._bar: Any = tqdm(
             total=images,

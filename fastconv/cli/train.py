@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,17 @@ import torch
 import fastconv
 from fastconv import backends
 from fastconv.cli import arguments
-from fastconv.cli.progress import Progress
-from fastconv.train import canvas, gallery, loop, memory, nets, pictures, runs, tables
+from fastconv.cli.progress import Progress, require_tqdm
+from fastconv.train import canvas, checkpoint, gallery, loop, memory, pictures, runs, tables
 from fastconv.train.augment import Augmentation
 from fastconv.train.batches import evaluation
-from fastconv.train.checkpoint import Facts, load
-from fastconv.train.data import Dataset
+from fastconv.train.checkpoint import Facts
+from fastconv.train.data import Dataset, Files
 from fastconv.train.distributed import Group, joined
 from fastconv.train.loop import Outcome
 from fastconv.train.runs import Plan
 from fastconv.train.settings import DTYPES, LABELS, OPTIMIZERS, SCHEDULES, Settings
-from fastconv.train.step import freeze
+from fastconv.train.step import autocast, freeze
 
 _DESCRIPTION = """\
 Train a net and leave its checkpoint, metrics.jsonl and pictures in RUNS/NAME. What is not given is what suits the data set:
@@ -162,28 +163,34 @@ class _Command:
     """A call of `fastconv train`, of this process of the group."""
 
     def __init__(self, options: argparse.Namespace, group: Group, device: str) -> None:
-        canvas.require_matplotlib()  # not found missing only after the training
+        canvas.require_matplotlib()  # neither is found missing only after the training
+        require_tqdm()
         self.options, self.group, self.device = options, group, device
         self.quiet = options.quiet or not group.is_first
 
     def run(self) -> None:
         plan, folder = self._resumed() if self.options.resume else (self._new(), None)
         data = loop.of_settings(plan.settings, self.group.world)
-        facts = Facts.of(data)
-        # What makes no net is refused before a former run is touched.
-        net = nets.build(plan.settings, classes=len(facts.classes), channels=facts.channels)
+        # What cannot be trained is refused before a former run is touched.
+        net = loop.net_of(plan.settings, data, plan.labels[0])
         freeze(net, plan.settings.freeze)
+        batches = loop.batches_of(plan.settings, data, self.group)
         if folder is None:
-            folder = self._folder(plan)
+            folder = self._folder()
         if self.group.is_first:
             plan.write(folder)
-        batches = loop.batches_of(plan.settings, data, self.group)
         parameters = sum(parameter.numel() for parameter in net.parameters())
         self._say(tables.beginning(plan.settings, data, batches, parameters, plan.seeds, self.group.world))
         self._say(f"{'run':<10} {folder}")
         outcomes = self._train(plan, data, folder, batches.images_per_epoch, batches.batch_size)
         if self.group.is_first:
-            self._show(plan, data, folder, outcomes)
+            settings = dataclasses.replace(plan.settings, batch_size=batches.batch_size)
+            self._say(
+                "\n"
+                + tables.results(outcomes, self._memory(plan, settings, data, outcomes), self._backend(), self.group.world)
+            )
+            self._draw(plan.settings, data, folder, outcomes)
+            self._say(f"checkpoints, pictures and metrics: {folder}")
 
     def _given(self) -> dict[str, Any]:
         """The settings that options name."""
@@ -195,52 +202,58 @@ class _Command:
         return {name: value for name, value in given.items() if value is not None}
 
     def _new(self) -> Plan:
-        given = self._given()
-        if self.options.transfer:
-            lent = load(Path(self.options.transfer)).settings
-            given = {name: getattr(lent, name) for name in ("model", "resolution", "options", "embedding")} | given
-        settings = Settings.of(self.options.data or "digits", **given, device=self.device)
+        data, given = self.options.data or "digits", self._given()
+        lender = given.pop("transfer", None)
+        of = Settings.of if lender is None else partial(checkpoint.transferring, Path(lender))
+        settings = of(data, **given, device=self.device)
         labels = self.options.compare or ("fastconv",)
         if self.group.world > 1 and len(labels) > 1:
             raise ValueError(f"--compare is of one process, got {self.group.world} processes")
+        if self.group.world > 1 and settings.cuda_graph:
+            raise ValueError(f"--cuda-graph is of one process, got {self.group.world} processes")
+        if settings.compile and len(labels) > 1:
+            raise ValueError("--compile is of one net: 'compile' is one of those of --compare already")
+        return Plan(settings, tuple(labels), self._seeds())
+
+    def _seeds(self) -> tuple[int, ...]:
         first = self.options.seed or 0
-        return Plan(settings, tuple(labels), tuple(range(first, first + (self.options.seeds or 1))))
+        return tuple(range(first, first + (self.options.seeds or 1)))
 
     def _resumed(self) -> tuple[Plan, Path]:
-        folder = self._at(resume=True)
+        if self.options.overwrite:
+            raise ValueError("--overwrite begins anew, --resume goes on: ask for one of them")
+        folder = self._path(1 if self.options.name else runs.last(self.options.runs, self._name))
         plan = Plan.read(folder)
         given = self._given()
-        if self.options.data:
-            given["data"] = self.options.data
         held = {name: getattr(plan.settings, name) for name in given}
         if "options" in given:
             held["options"] = {name: plan.settings.options.get(name) for name in given["options"]}
-        for name, (asked, kept) in {"compare": (self.options.compare, plan.labels)}.items():
-            if asked:
-                given[name], held[name] = tuple(asked), kept
+        if self.options.data:
+            given["data"], held["data"] = self.options.data, plan.settings.data
+        if self.options.compare:
+            given["compare"], held["compare"] = self.options.compare, plan.labels
+        if self.options.seed is not None or self.options.seeds is not None:
+            given["seeds"], held["seeds"] = self._seeds(), plan.seeds
         other = [f"{name} is {held[name]!r}, got {given[name]!r}" for name in given if given[name] != held[name]]
         if other:
             raise ValueError(f"--resume goes on with {folder} as it was begun: {'; '.join(other)}")
         return Plan(plan.settings.on(self.device), plan.labels, plan.seeds), folder
 
-    def _folder(self, plan: Plan) -> Path:
-        """A new folder, or that of a former run, emptied."""
-        named = self.options.name is not None
-        if named and self._path(1).exists() and not self.options.overwrite:
-            raise ValueError(
-                f"{self._path(1)} holds a run: --resume goes on with it, --overwrite begins anew, another --name keeps it"
-            )
-        folder = self._path(1) if named or self.options.overwrite else self._at(resume=False)
+    def _folder(self) -> Path:
+        """A new folder, or that of a former run, emptied; made by the first process."""
+        found, path = 0, self._path(1)
         if self.group.is_first:
-            runs.clear(folder)
-        self.group.barrier()
-        return folder
-
-    def _at(self, resume: bool) -> Path:
-        """The folder that comes next, or the last; the first process looks, before it makes one."""
-        if self.options.name is not None:
-            return self._path(1)
-        found = runs.number(self.options.runs, self._name, resume) if self.group.is_first else 0
+            found = 1
+            if self.options.overwrite:
+                if self.options.transfer and Path(self.options.transfer).resolve().is_relative_to(path.resolve()):
+                    raise ValueError(f"--transfer {self.options.transfer} lies in {path}, which --overwrite would empty")
+                runs.clear(path)
+            elif self.options.name is None:
+                found = runs.claim(self.options.runs, self._name)
+            elif runs.is_begun(path):
+                raise ValueError(
+                    f"{path} holds a run: --resume goes on with it, --overwrite begins anew, another --name keeps it"
+                )
         return self._path(self.group.any(found))
 
     @property
@@ -292,30 +305,44 @@ class _Command:
                 progress.reach(len(outcomes) * images * epochs)
         return outcomes
 
-    def _show(self, plan: Plan, data: Dataset, folder: Path, outcomes: Sequence[Outcome]) -> None:
-        settings, first = plan.settings, outcomes[0]
-        pictures.draw_curves(folder / "curves.png", [epoch for outcome in outcomes for epoch in outcome.epochs])
-        gallery.draw(
-            folder,
-            first.model,
-            batches=(
-                (images, labels) for images, labels, _ in evaluation(data, data.test, device=torch.device(self.device))
-            ),
-            names=data.classes,
-            mean=data.mean,
-            std=data.std,
-        )
-        growth: dict[str, int] = {}
+    def _memory(self, plan: Plan, settings: Settings, data: Dataset, outcomes: Sequence[Outcome]) -> dict[str, int]:
+        """Bytes that a step grows by, of each label for which that can be told."""
         if torch.device(self.device).type == "cuda":
-            growth = {o.label: max(e.growth for e in o.epochs) for o in outcomes}
-        elif len(plan.labels) > 1 and not self.quiet:
-            self._say("measuring the memory of a step, in a process for each net")
-            facts = Facts.of(data)
+            return {outcome.label: max(epoch.growth for epoch in outcome.epochs) for outcome in outcomes}
+        if len(plan.labels) == 1 or self.quiet:
+            return {}
+        self._say("measuring the memory of a step, in a process for each net")
+        facts, found = Facts.of(data), {}
+        for label in plan.labels:
+            if label == "compile":  # the compiler's own memory cannot be told from the net's
+                continue
             size = {"classes": len(facts.classes), "channels": facts.channels}
-            growth = {label: memory.peak(label, settings, **size, backend=self.options.backend) for label in plan.labels}
-        backend = self.options.backend + (f" ({', '.join(sorted(backends.chosen))})" if backends.chosen else "")
-        self._say("\n" + tables.results(outcomes, growth, backend, self.group.world))
-        self._say(f"checkpoints, pictures and metrics: {folder}")
+            try:
+                found[label] = memory.peak(label, settings, **size, backend=self.options.backend)
+            except (RuntimeError, OSError) as error:  # no reason to lose what was trained
+                self._say(f"not measured: {error}")
+        return found
+
+    def _backend(self) -> str:
+        return self.options.backend + (f" ({', '.join(sorted(backends.chosen))})" if backends.chosen else "")
+
+    def _draw(self, settings: Settings, data: Dataset, folder: Path, outcomes: Sequence[Outcome]) -> None:
+        pictures.draw_curves(folder / "curves.png", [epoch for outcome in outcomes for epoch in outcome.epochs])
+        tested = evaluation(data, data.test, device=torch.device(self.device))
+        with autocast(settings):
+            gallery.draw(
+                folder,
+                outcomes[0].model,
+                batches=((images, labels) for images, labels, _ in tested),
+                names=data.classes,
+                mean=data.mean,
+                std=data.std,
+            )
+        skipped = {
+            file for split in (data.train, data.test) if isinstance(split.images, Files) for file in split.images.skipped
+        }
+        if skipped:
+            self._say(f"{len(skipped)} images that cannot be read were passed over, {min(skipped)} the first of them")
 
     def _say(self, text: str) -> None:
         if not self.quiet:

@@ -13,7 +13,7 @@ from torch import Tensor
 _RANGES = {"turn": (0, 180), "scale": (0, 0.9), "shift": (0, 1), "crop": (0.01, 1), "jitter": (0, 1), "cutout": (0, 1)}
 _PADDINGS = ("zeros", "reflection")
 _LONGEST = 4 / 3  # the most that a crop is longer than wide, or wider than long
-_GREY = (0.299, 0.587, 0.114)  # how bright red, green and blue are: ITU-R BT.601
+GREY = (0.299, 0.587, 0.114)  # how bright red, green and blue are: ITU-R BT.601
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Augmentation:
         for name, (least, most) in _RANGES.items():
             if not least <= getattr(self, name) <= most:
                 raise ValueError(f"augmentation: {name} must be in [{least}, {most}], got {name}={getattr(self, name)}")
+        if self.flip not in (False, True):
+            raise ValueError(f"augmentation: flip must be true or false, got flip={self.flip!r}")
         if self.padding not in _PADDINGS:
             raise ValueError(f"augmentation: padding must be one of {', '.join(_PADDINGS)}, got padding={self.padding!r}")
 
@@ -222,7 +224,7 @@ def _coloured(images: Tensor, factors: Tensor) -> Tensor:
 
 def _grey(images: Tensor) -> Tensor:
     """Brightness of each pixel, [B, 1, S, S]."""
-    if images.shape[1] != len(_GREY):
+    if images.shape[1] != len(GREY):
         return images.mean(1, keepdim=True)
     red, green, blue = images.split(1, 1)
-    return _GREY[0] * red + _GREY[1] * green + _GREY[2] * blue
+    return GREY[0] * red + GREY[1] * green + GREY[2] * blue

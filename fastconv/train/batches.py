@@ -171,7 +171,8 @@ def _fetched(split: Split, batches: Iterable[Tensor], device: torch.device) -> I
         def arrived() -> tuple[Tensor, Tensor, Tensor]:
             pixels, reading = coming.popleft()
             rows = reading.result()
-            return pixels.to(device, non_blocking=on_gpu), split.labels[rows].to(device), rows
+            labels = split.labels[rows].pin_memory() if on_gpu else split.labels[rows]
+            return pixels.to(device, non_blocking=on_gpu), labels.to(device, non_blocking=on_gpu), rows
 
         for rows in batches:
             # Made here, for CUDA is called from this thread only; torch keeps it until the copy to the device is done.

@@ -15,6 +15,8 @@ GAP = 0.08  # between tiles, of their width
 GREYS: dict[str, Any] = {"cmap": "gray", "vmin": 0.0, "vmax": 1.0}  # of images in [0, 1] with one channel
 
 _DPI = 120
+_LEAST_WIDTH = 6.0  # inches, that titles fit
+_PIXELS = 64  # of a tile's longer side, some as many as it is drawn with
 
 
 def require_matplotlib() -> None:
@@ -28,21 +30,28 @@ def require_matplotlib() -> None:
 
 
 def titled(title: str, note: str, width: float, height: float, handles: Sequence[Any] = ()) -> Any:
-    """An empty figure: `title`, in smaller print a note, a legend of `handles`, and `height` below; inches."""
+    """An empty figure: `title`, in smaller print a note, a legend of `handles`, and below it `width` × `height` inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     # A canvas of its own: nothing depends on the machine's display or on pyplot's global state.
-    whole = height + (0.78 if handles else 0.55)
-    made = Figure(figsize=(width, whole), dpi=_DPI, layout="constrained")
+    across, down = max(width, _LEAST_WIDTH), height + (0.78 if handles else 0.55)
+    made = Figure(figsize=(across, down), dpi=_DPI, layout="constrained")
     FigureCanvasAgg(made)
     engine: Any = made.get_layout_engine()
-    engine.set(rect=(0.008, 0.01, 0.984, height / whole - 0.01))
-    made.text(0.1 / width, 1 - 0.08 / whole, title, va="top", fontsize=11, fontweight="bold")
-    made.text(0.1 / width, 1 - 0.32 / whole, note, va="top", color=sheet.GREY)
+    engine.set(rect=(0.05 / across, 0.01, (width - 0.1) / across, height / down - 0.01))
+    made.text(0.1 / across, 1 - 0.08 / down, title, va="top", fontsize=11, fontweight="bold")
+    made.text(0.1 / across, 1 - 0.32 / down, note, va="top", color=sheet.GREY)
     if handles:
-        top = 1 - 0.46 / whole
-        made.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, top), ncols=len(handles), columnspacing=1.5)
+        top = 1 - 0.46 / down
+        made.legend(
+            handles=handles,
+            loc="upper left",
+            bbox_to_anchor=(0, top),
+            ncols=len(handles),
+            columnspacing=1.5,
+            handlelength=2.6,
+        )
     return made
 
 
@@ -60,11 +69,20 @@ def draw_tiles(
     down = tall + under + GAP
     cells = [(at % columns * (1 + GAP), at // columns * down, tall) for at in range(len(shown))]
     for tile, (x, y, _) in zip(shown, cells, strict=True):
-        axes.imshow(tile.numpy(), extent=(x, x + 1, y + tall, y), interpolation="nearest", **look)
-        axes.add_patch(Rectangle((x, y), 1, tall, fill=False, edgecolor=sheet.GREY, linewidth=0.4))
+        # Small ones show their pixels; of large ones, drawn smaller than they are, none is left out.
+        how = "nearest" if max(tile.shape[:2]) <= _PIXELS else "antialiased"
+        axes.imshow(tile.numpy(), extent=(x, x + 1, y + tall, y), interpolation=how, **look)
+        axes.add_patch(Rectangle((x, y), 1, tall, fill=False, edgecolor=sheet.GREY, linewidth=0.4, clip_on=False))
     axes.set(xlim=(0, columns * (1 + GAP) - GAP), ylim=(cells[-1][1] + down - GAP, 0), aspect="equal", anchor="NW")
     axes.set_axis_off()
     return cells
+
+
+def colours(name: str) -> Any:
+    """A map of matplotlib's in steps, few enough that a file with its 256 colours keeps every one; the middle is one."""
+    from matplotlib import colormaps
+
+    return colormaps[name].resampled(65)
 
 
 def picture(image: Tensor) -> Tensor:
@@ -73,7 +91,13 @@ def picture(image: Tensor) -> Tensor:
 
 
 def cut(name: str, most: int) -> str:
-    return name if len(name) <= most else name[: most - 1] + "…"
+    """At most so many characters, of both ends."""
+    end = (most - 1) // 2
+    return name if len(name) <= most else f"{name[: most - 1 - end]}…{name[-end:]}"
+
+
+def counted(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def save(path: Path, paint: Callable[[], Any]) -> None:

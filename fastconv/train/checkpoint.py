@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,16 +21,22 @@ _FORMAT = 2
 
 @dataclass(frozen=True)
 class Facts:
-    """What a net has to know of its data: names by label, channels, mean and std of pixels in [0, 1]."""
+    """What a net has to know of its data: names by label, channels, mean and std of pixels in [0, 1]; and which they are."""
 
     classes: tuple[str, ...]
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    digest: str
 
     @classmethod
     def of(cls, data: Dataset) -> Facts:
-        return cls(data.classes, data.train.images.shape[1], data.mean, data.std)
+        return cls(data.classes, data.train.images.shape[1], data.mean, data.std, data.digest())
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Facts:
+        known: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in content.items()}
+        return cls(**known)
 
     def as_dict(self) -> dict[str, Any]:
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
@@ -87,23 +94,58 @@ def load(path: Path) -> Checkpoint:
         raise ValueError(f"{path} is not a checkpoint of `fastconv train`: {type(error).__name__}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a checkpoint of `fastconv train` (format {_FORMAT})")
-    facts = content["facts"]
-    known = Facts(tuple(facts["classes"]), facts["channels"], tuple(facts["mean"]), tuple(facts["std"]))
-    settings = Settings.from_dict(content["settings"])
-    return Checkpoint(settings, known, content["state"], content["result"], content["environment"])
+    try:
+        facts, settings = Facts.from_dict(content["facts"]), Settings.from_dict(content["settings"])
+        return Checkpoint(settings, facts, content["state"], content["result"], content["environment"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not a checkpoint of this version of `fastconv train`: {error}") from error
 
 
-def load_model(path: Path, *, layers: str = "fastconv") -> tuple[nn.Module, Checkpoint]:
+def transferring(path: Path, data: str, **given: Any) -> Settings:
+    """The settings that suit a data set, for the net and the size of a checkpoint, whose weights are the first ones.
+
+    Args:
+        given: as those of `Settings.of`; a model among them is taken in place of the checkpoint's, with its own size.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load` and `Settings.of`.
+    """
+    lent, model = load(path).settings, given.get("model")
+    if model not in (None, lent.model):
+        return Settings.of(data, **given, transfer=str(path))
+    trust(lent, path, model)
+    asked = {name: value for name, value in given.items() if value is not None}
+    own = {"model": lent.model, "resolution": lent.resolution, "embedding": lent.embedding}
+    settings = Settings.of(data, **{**own, **asked}, transfer=str(path))
+    return dataclasses.replace(settings, options={**lent.options, **asked.get("options", {})})
+
+
+def trust(settings: Settings, path: Path, model: str | None) -> None:
+    """
+    Raises:
+        ValueError: the net of a checkpoint is built by code that `model` does not name.
+    """
+    if ":" in settings.model and model != settings.model:
+        raise ValueError(
+            f"{path}: its net is built by running {settings.model}; if that is what you want, name it: "
+            f"{'model' if model is None else f'model={model!r} is another one,'} must be {settings.model!r}"
+        )
+
+
+def load_model(path: Path, *, layers: str = "fastconv", model: str | None = None) -> tuple[nn.Module, Checkpoint]:
     """The net in a checkpoint, in evaluation mode on the CPU, and all else that the file holds.
 
     Args:
         layers: "fastconv" or "torch", whichever it was trained on.
+        model: what the checkpoint must name. A net of one's own, by file or module, is built by running that code: it has to
+            be named here too, as no file of weights may decide on what is run.
 
     Raises:
-        FileNotFoundError, ValueError: as `load`, and as the building of the net.
+        FileNotFoundError, ValueError: as `load`, and as the building of the net; a net of one's own that is not named.
     """
     checkpoint = load(path)
+    trust(checkpoint.settings, path, model)
     facts = checkpoint.facts
-    model = build(checkpoint.settings, classes=len(facts.classes), channels=facts.channels, layers=layers)
-    model.load_state_dict(checkpoint.state["model"])
-    return model.eval(), checkpoint
+    net = build(checkpoint.settings, classes=len(facts.classes), channels=facts.channels, layers=layers)
+    net.load_state_dict(checkpoint.state["model"])
+    return net.eval(), checkpoint

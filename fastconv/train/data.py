@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastconv.train.augment import GREY
 from fastconv.train.sources import Part, Source, cifar10, digits, folder, mnist, stratified, synthetic
 from fastconv.train.sources.folder import Files
 
@@ -28,10 +30,9 @@ _READERS: dict[str, Callable[[str], Source]] = {
 NAMES = ("digits", "cifar10[:PATH]", "mnist[:PATH]", "folder:PATH", "synthetic[:[CHANNELSx]IMAGES]")
 
 _TEST = 0.2  # of every class, where a source has no test images of its own
-_MARGIN = 8 / 7  # training images in files are stored this much larger than nets see them: crops are drawn from them
+MARGIN = 8 / 7  # training images in files are stored this much larger than nets see them: crops are drawn from them
 _LEAST_STD = 1 / 255  # a channel that is the same everywhere is no reason to divide by zero
 _AT_ONCE = 256
-_LUMA = (0.299, 0.587, 0.114)  # of red, green and blue in a grey, as Pillow has them (ITU-R 601-2)
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ class Dataset:
     resolution: int
     skipped: tuple[str, ...] = ()
 
+    def digest(self) -> str:
+        """Of the names and labels of all images, in order: another one when images came, went or moved."""
+        found = hashlib.sha256()
+        for split in (self.train, self.validation, self.test):
+            if split is not None:
+                found.update(split.labels.numpy().tobytes())
+                found.update("\0".join(map(str, split.names)).encode())
+        return found.hexdigest()[:16]
+
 
 def load(
     name: str,
@@ -113,15 +123,13 @@ def load(
         raise ValueError(f"data: the data set must be one of {', '.join(NAMES)}, got {name!r}")
     if resolution is not None and resolution < 1:
         raise ValueError(f"data: resolution must be at least 1, got resolution={resolution}")
-    if channels not in (None, 1, 3):
-        raise ValueError(f"data: channels must be 1 or 3, got channels={channels}")
     if validation is not None and not 0 <= validation < 1:
         raise ValueError(f"data: validation must be in [0, 1), got validation={validation}")
     source = _only(_divided(_READERS[kind](where), validation), classes)
     assert source.test is not None
     seen = resolution or source.resolution
     parts = {"training": source.train, "validation": source.validation, "test": source.test}
-    sizes = {what: round(seen * _MARGIN) if what == "training" else seen for what in parts}
+    sizes = {what: round(seen * MARGIN) if what == "training" else seen for what in parts}
     needed = sum(3 * sizes[what] ** 2 * len(part) for what, part in parts.items() if part is not None)
     fits = needed <= (available_memory() // 2 if memory_limit is None else memory_limit)
 
@@ -144,18 +152,18 @@ def load(
     else:
         mean, std = source.mean, source.std
         if channels == 1:
-            mean, std = ((sum(w * v for w, v in zip(_LUMA, values, strict=True)),) for values in (mean, std))
+            mean, std = ((sum(w * v for w, v in zip(GREY, values, strict=True)),) for values in (mean, std))
     return Dataset(kind, source.classes, train, splits["validation"], test, mean, std, seen, skipped)
 
 
 def _with_channels(images: Tensor, channels: int | None) -> Tensor:
     if channels in (None, images.shape[1]):
         return images
-    if images.shape[1] == 1:
+    if (images.shape[1], channels) == (1, 3):
         return images.expand(-1, 3, -1, -1)
-    if images.shape[1] != 3:
+    if channels != 1 or images.shape[1] != 3:
         raise ValueError(f"data: channels={channels} cannot be made of images of {images.shape[1]} channels")
-    grey = sum(weight * images[:, channel].float() for channel, weight in enumerate(_LUMA))
+    grey = sum(weight * images[:, channel].float() for channel, weight in enumerate(GREY))
     assert isinstance(grey, Tensor)
     return grey[:, None]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ class Group:
 
     def total(self, *values: Tensor) -> list[float]:
         """The sums over all processes of zero-dimensional tensors."""
-        sums = torch.stack([value.double() for value in values]).cpu()
+        sums = torch.stack([value.double().cpu() for value in values])
         if self.world > 1:
             dist.all_reduce(sums, group=self.control)
         return sums.tolist()
@@ -63,9 +63,20 @@ class Group:
         dist.all_gather(values, value, group=self.control)
         return values
 
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all processes the first one's running statistics, which are those that a checkpoint keeps."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
+
     def barrier(self) -> None:
         if self.world > 1:
             dist.barrier(group=self.control)
+
+
+def current(device: torch.device) -> AbstractContextManager[object]:
+    """A block in which a GPU is the one that CUDA's calls without a device mean."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
@@ -91,7 +102,5 @@ def joined(device: str) -> Iterator[tuple[Group, str]]:
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     dist.init_process_group("nccl" if on_gpu else "gloo")
-    try:
-        yield Group(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo")), device
-    finally:
-        dist.destroy_process_group()
+    yield Group(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo")), device
+    dist.destroy_process_group()  # not behind an error: it would wait for processes that know of none

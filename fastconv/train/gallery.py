@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,11 +186,14 @@ def _noted(modules: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Tensor]
     What comes behind a module may change its output in place.
     """
     outputs: list[tuple[str, Tensor]] = []
+    calls: Counter[str] = Counter()
 
     def noting(name: str) -> Callable[[nn.Module, object, object], None]:
         def note(module: nn.Module, given: object, output: object) -> None:
+            calls[name] += 1
             if isinstance(output, Tensor):
-                outputs.append((name, output.to("cpu", torch.float32, copy=True)))
+                path = name if calls[name] == 1 else f"{name}, call {calls[name]}"
+                outputs.append((path, output.to("cpu", torch.float32, copy=True)))
 
         return note
 

@@ -44,19 +44,27 @@ class Keeper:
         with requests() as self._request:
             yield
 
-    def stop_if_asked(self, trainee: Trainee) -> None:
-        """Behind a step.
+    def after_step(self, trainee: Trainee) -> None:
+        """Write a checkpoint and stop, if a signal came; at the end of an epoch that is done anyway.
 
         Raises:
-            Stopped: a signal came to one of the processes. The checkpoint is written.
+            Stopped: one came.
         """
-        if self._folder is None or trainee.ends_epoch or (self._group.world > 1 and trainee.step % _AGREE_EVERY):
-            return  # an epoch that is done is kept anyway
-        number = self._group.any(self._request.number)
-        if number:
+        if not trainee.ends_epoch and (self._group.world == 1 or trainee.step % _AGREE_EVERY == 0):
+            self.stop_if_asked(trainee, is_kept=False)
+
+    def stop_if_asked(self, trainee: Trainee, *, is_kept: bool = True) -> None:
+        """Stop, if a signal came to one of the processes, which all call this; `is_kept`: the checkpoint is written.
+
+        Raises:
+            Stopped: one came.
+        """
+        if self._folder is None or not (number := self._group.any(self._request.number)):
+            return
+        if not is_kept:
             self.save(trainee)
-            place = f"epoch {trainee.epoch + 1}, step {trainee.step}"
-            raise Stopped(f"stopped at {place}; {self.path(trainee)} is written, --resume goes on from it", number)
+        place = "at the end" if trainee.is_finished else f"at epoch {trainee.epoch + 1}, step {trainee.step}"
+        raise Stopped(f"stopped {place}; {self.path(trainee)} is written, --resume goes on from it", number)
 
     def save(self, trainee: Trainee, score: Score | None = None) -> None:
         """Write the net's checkpoint; by one of the processes, which all call this."""
@@ -80,10 +88,10 @@ class Keeper:
             return None
         kept = checkpoint.load(path)
         ours, theirs = self._settings.as_dict(), kept.settings.as_dict()
-        names = ours.keys() - {"device"}  # each of several processes has its own
+        names = ours.keys() - {"device", "cuda_graph"}  # of where it runs, not of what
         other = [f"{name}={theirs[name]!r}, now {ours[name]!r}" for name in sorted(names) if theirs[name] != ours[name]]
         if kept.facts != self._facts:
-            other.append("the data have other classes or pixels")
+            other.append("the data have changed")
         if other:
             raise ValueError(f"train: {path} is of another training: {'; '.join(other)}")
         worlds = {len(values) for values in kept.state["by_rank"].values()}

@@ -18,7 +18,7 @@ from fastconv.train import augment, checkpoint, nets
 from fastconv.train.batches import Batches
 from fastconv.train.checkpoint import Facts
 from fastconv.train.data import Dataset, available_memory, load
-from fastconv.train.distributed import Group
+from fastconv.train.distributed import Group, current
 from fastconv.train.keeper import Keeper
 from fastconv.train.settings import LABELS, Settings
 from fastconv.train.trainee import Epoch, Score, Trainee
@@ -105,7 +105,9 @@ def fit_together(
     """Train one net for each label, side by side: epoch about, so that their times are paired.
 
     All get the same initial weights, batches, schedule, memory format and threads. Which of them goes first is drawn anew
-    for each epoch. The test images are looked at once, after the last epoch. Arguments as those of `fit`, and:
+    for each epoch. Where there are validation images, the test images are looked at once, after the last epoch.
+
+    Arguments as those of `fit`, and:
 
     Args:
         labels: "fastconv", "torch" (eager, channels_last), "compile" (the same through torch.compile).
@@ -124,15 +126,15 @@ def fit_together(
     device = torch.device(settings.device)
     batches = batches_of(settings, data, group)
     keeper = Keeper(folder, settings, Facts.of(data), group, environment or {})
-    nets_by_label = {label: _net(settings, data, label, model).to(device) for label in labels}
+    nets_by_label = {label: net_of(settings, data, label, model).to(device) for label in labels}
     trainees = [Trainee(label, net, data, batches, settings, group) for label, net in nets_by_label.items()]
     results = [keeper.restore(trainee) if resume else None for trainee in trainees]
 
     def after_step(trainee: Trainee) -> None:
         on_step(trainee)
-        keeper.stop_if_asked(trainee)
+        keeper.after_step(trainee)
 
-    with keeper.listening(), searching(True):
+    with keeper.listening(), searching(True), current(device):
         for trainee in trainees:
             if not trainee.is_finished:
                 trainee.prepare(always=len(trainees) > 1)
@@ -144,11 +146,14 @@ def fit_together(
                     keeper.save(trainee)
                     if group.is_first:
                         on_epoch(done)
+                    keeper.stop_if_asked(trainee)
         outcomes = []
         for trainee, result in zip(trainees, results, strict=True):
             score = result or trainee.evaluate("test")
             if result is None:
                 keeper.save(trainee, score)
+                keeper.stop_if_asked(trainee)
+            trainee.model.zero_grad(set_to_none=True)
             outcomes.append(Outcome(trainee.label, settings, trainee.model.eval(), tuple(trainee.epochs), score))
     return outcomes
 
@@ -181,9 +186,11 @@ def batches_of(settings: Settings, data: Dataset, group: Group) -> Batches:
     )
 
 
-def _net(settings: Settings, data: Dataset, label: str, given: nn.Module | None) -> nn.Module:
+def net_of(settings: Settings, data: Dataset, label: str, given: nn.Module | None = None) -> nn.Module:
+    """The net of a label with its first weights, on the CPU but for one that was handed over."""
     layers = "fastconv" if label == "fastconv" else "torch"
     if given is not None:
+        given = given.to(settings.device)  # before its Parameters are shared: its buffers go with them
         return convert(given) if layers == "fastconv" else given
     facts = Facts.of(data)
     model = nets.build(settings, classes=len(facts.classes), channels=facts.channels, layers=layers)

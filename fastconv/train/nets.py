@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastconv import models
-from fastconv.convert import convert
+from fastconv.convert import convert, restore
 from fastconv.train.settings import Settings
 
 
@@ -26,13 +26,20 @@ def build(settings: Settings, *, classes: int, channels: int, layers: str = "fas
     """
     if not settings.model:
         raise ValueError("train: this net was handed over, not named: build it, and load the checkpoint's state['model']")
+    options = ", ".join(f"{name}={value!r}" for name, value in settings.options.items())
+    taken = settings.options.keys() & {"name", "layers", "num_classes", "in_channels", "resolution"}
+    if taken:
+        raise ValueError(f"train: options must not hold {', '.join(sorted(taken))}, which the data decide; got {options}")
     with torch.random.fork_rng([]):
-        torch.manual_seed(settings.seed)
+        torch.default_generator.manual_seed(settings.seed)
         wanted: dict[str, Any] = {"num_classes": classes, "in_channels": channels, "resolution": settings.resolution}
         if ":" in settings.model:
-            model = models.load(settings.model, wanted, **settings.options)
+            model = restore(models.load(settings.model, wanted, **settings.options))
         else:
-            model = models.build(settings.model, layers="torch", **{**wanted, **settings.options})
+            try:
+                model = models.build(settings.model, layers="torch", **{**wanted, **settings.options})
+            except TypeError as error:  # of an option's value
+                raise ValueError(f"train: model={settings.model} cannot be built with {options}: {error}") from error
         if settings.embedding:
             models.with_embedding(model, settings.embedding)
     outputs = _outputs(model, channels, settings.resolution)
@@ -43,25 +50,25 @@ def build(settings: Settings, *, classes: int, channels: int, layers: str = "fas
 
 
 def borrow(model: nn.Module, state: dict[str, Tensor], source: Path | str) -> None:
-    """Load the weights of a trained net of the same kind, but for a head that has other classes.
-
-    The head is the child of the net that holds its last layer. What of it has the same name and shape is loaded too.
+    """Load the weights of a trained net of the same kind, but for a last layer that has other classes, or an embedding.
 
     Raises:
-        ValueError: other weights than the head's are missing or have other shapes.
+        ValueError: other weights differ in name or shape.
     """
     own = model.state_dict()
+    *_, last = (name.rpartition(".")[0] for name, _ in model.named_parameters())
+    head = last.removesuffix(".scores") if last.removesuffix(".scores") + ".embedding.weight" in own else last
     fresh = [name for name in own if name not in state or state[name].shape != own[name].shape]
-    head = next(reversed([name for name, _ in model.named_parameters()])).split(".")[0]
-    wrong = [name for name in fresh if name.split(".")[0] != head]
-    if wrong:
-        name = wrong[0]
-        held = f"{name} of shape {list(state[name].shape)}" if name in state else f"no {name}"
+    differing = [name for name in (*fresh, *state) if name in fresh or name not in own]
+    wrong = [name for name in differing if not name.startswith(f"{head}.")]
+    if wrong or len(fresh) == len(own):
+        name = (wrong or fresh)[0]
+        theirs, ours = (f"{list(held[name].shape)}" if name in held else "none" for held in (state, own))
         raise ValueError(
-            f"train: transfer={source} has {held}, but the net has {name} of shape {list(own[name].shape)}; only {head!r}, "
-            f"the net's head, may differ"
+            f"train: transfer={source} is of another net: its {name} has shape {theirs}, this one's {ours}; only {head!r}, "
+            f"the last layer, may differ"
         )
-    model.load_state_dict({**state, **{name: own[name] for name in fresh}}, strict=False)
+    model.load_state_dict({name: own[name] if name in fresh else state[name] for name in own})
 
 
 def _outputs(model: nn.Module, channels: int, resolution: int) -> int:
@@ -75,7 +82,7 @@ def _outputs(model: nn.Module, channels: int, resolution: int) -> int:
     try:
         with torch.no_grad():
             scores = model.eval()(image)
-    except (RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:  # a net of one's own raises whatever it likes
         raise ValueError(f"train: the net does not run on images {list(image.shape)}: {error}") from error
     finally:
         model.train(was_training)

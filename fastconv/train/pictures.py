@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastconv.bench.plots import sheet
-from fastconv.train.canvas import GAP, GREYS, cut, draw_tiles, picture, save, titled
+from fastconv.train.canvas import GAP, GREYS, colours, counted, cut, draw_tiles, picture, save, titled
 
 MOST_FILTERS, MOST_MAPS, MOST_MISTAKES = 64, 8, 25  # of a picture; of a layer
 
@@ -20,8 +20,6 @@ _LABELS = {"fastconv": sheet.OURS, "torch": sheet.STOCK, "compile": "#009E73"}
 _CLASSES = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#F0E442")
 _MARKERS = "os^DvPX*p"  # one more than colours: together they repeat only after 72 classes
 
-_LEAST_WIDTH = 6.0  # inches, that titles fit
-_SIGNED = "RdBu_r"  # a map of colours from negative to positive numbers
 _NUMBERED, _NAMED = 20, 60  # classes up to which a matrix shows counts, and names
 
 
@@ -142,80 +140,85 @@ def _curves(epochs: Sequence[Curve]) -> Any:
     from matplotlib.ticker import MaxNLocator
 
     runs: dict[str, dict[int, list[Curve]]] = {}
-    for each in sorted(epochs, key=lambda each: each.epoch):
+    for each in sorted(epochs, key=lambda each: (_place(each.label), each.epoch)):
         runs.setdefault(each.label, {}).setdefault(each.seed, []).append(each)
     free = [colour for colour in _CLASSES if colour not in _LABELS.values()]
-    colours = {label: _LABELS.get(label, free[at % len(free)]) for at, label in enumerate(runs)}
+    inks = {label: _LABELS.get(label, free[at % len(free)]) for at, label in enumerate(runs)}
+    seeds = max(map(len, runs.values()))
     held_out = " and ".join(sorted({each.held_out for each in epochs}))
     splits = {"train": ("training", "-", True), "held_out": (held_out, "--", False)}
-    seeds = max(map(len, runs.values()))
-    point = "o" if len({each.epoch for each in epochs}) == 1 else ""
+    point = "o" if len({each.epoch for each in epochs}) == 1 else ""  # a line of one point would not show
 
+    what = f"{seeds} seeds as hair lines, and their mean." if seeds > 1 else f"Seed {epochs[0].seed}."
     figure = titled(
         f"Loss and accuracy over epochs, training and {held_out} images",
-        f"Thin: {seeds} seeds, a line each; thick: their mean." if seeds > 1 else "One seed.",
+        f"{what} Where lines coincide, the wider one lies below." if len(runs) > 1 else what,
         *(10.0, 3.6),
         [
-            sheet.marker(f"{label}, {split}", point, colours[label], is_filled, style)
+            sheet.marker(f"{label}, {split}", point, inks[label], is_filled, style)
             for label in runs
             for split, style, is_filled in splits.values()
         ],
     )
-    for axes, (quantity, unit, scale) in zip(
-        figure.subplots(1, 2), (("loss", "cross-entropy loss", 1), ("accuracy", "accuracy / %", 100)), strict=True
-    ):
-        for label, of_seeds in runs.items():
+    for axes, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
+        scale = 100 if quantity == "accuracy" else 1
+        for at, (label, of_seeds) in enumerate(runs.items()):
             for name, (_, style, is_filled) in splits.items():
-                colour = colours[label]
-                look = {"linestyle": style, "marker": point, "color": colour, "mfc": colour if is_filled else "white"}
+                look = {"linestyle": style, "marker": point, "color": inks[label]}
+                look["mfc"] = inks[label] if is_filled else "white"
                 lines = [{e.epoch: scale * getattr(e, f"{name}_{quantity}") for e in run} for run in of_seeds.values()]
-                for line in lines:
-                    axes.plot(list(line), list(line.values()), linewidth=0.6 if seeds > 1 else 1.6, **look)
                 shared = [epoch for epoch in lines[0] if all(epoch in line for line in lines)]
-                if seeds > 1:
-                    means = [sum(line[epoch] for line in lines) / len(lines) for epoch in shared]
-                    axes.plot(shared, means, linewidth=2.0, **look)
-        axes.set(xlabel="epoch", ylabel=unit)
+                means = [sum(line[epoch] for line in lines) / len(lines) for epoch in shared]
+                axes.plot(shared, means, linewidth=min(1.4 + 1.2 * (len(runs) - 1 - at), 4.0), **look)
+                for line in lines if len(lines) > 1 else []:
+                    axes.plot(list(line), list(line.values()), linewidth=0.5, alpha=0.6, **look)
+        axes.set(xlabel="epoch", ylabel="cross-entropy loss" if quantity == "loss" else "accuracy / %")
+        if point:
+            axes.set_xlim(epochs[0].epoch - 1, epochs[0].epoch + 1)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid()
     return figure
 
 
+def _place(label: str) -> tuple[int, str]:
+    """Of a label among others, whatever was trained first."""
+    return (list(_LABELS).index(label) if label in _LABELS else len(_LABELS), label)
+
+
 def _filters(weight: Tensor) -> Any:
     count, channels, height, width = weight.shape
     shown = weight[:MOST_FILTERS]
-    which = f"the first {len(shown)} of {count}" if count > len(shown) else f"{count}"
     columns = math.ceil(math.sqrt(len(shown)))
+    cell, rows = min(1.2, 4.9 / columns), math.ceil(len(shown) / columns)
+    kept = "" if count == len(shown) else f"the first {len(shown)} of "
     if channels == 3:
         note = "Red, green and blue weights, each filter scaled for itself; grey is 0."
     else:
-        averaged = "" if channels == 1 else f"Means over the {channels} channels; "
-        note = f"{averaged}one scale for all filters; white is 0.".capitalize()
-    rows = math.ceil(len(shown) / columns)
-    cell = min(0.9, 5.0 / columns)
+        note = f"{'W' if channels == 1 else f'Means over {channels} channels of w'}eights, on one scale; white is 0."
     figure = titled(
-        f"Filters of the first layer: {which} of {height}×{width}", note, _LEAST_WIDTH, rows * cell * height / width + 0.2
+        f"First layer: {kept}{counted(count, 'filter')} of {height}×{width}",
+        note,
+        columns * cell * (1 + GAP) + (0.2 if channels == 3 else 1.0),
+        rows * cell * (height / width + GAP) + 0.15,
     )
     axes = figure.subplots()
     if channels == 3:
         most = shown.abs().amax((1, 2, 3), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         draw_tiles(axes, list((0.5 + shown / (2 * most)).permute(0, 2, 3, 1)), columns)
     else:
-        tiles = shown.mean(1)
-        end = tiles.abs().amax().item() or 1.0
-        draw_tiles(axes, list(tiles), columns, cmap=_SIGNED, vmin=-end, vmax=end)
-        figure.colorbar(axes.images[-1], ax=axes, label="weight", fraction=0.05, aspect=15)
+        means = shown.mean(1)
+        end = means.abs().amax().item() or 1.0
+        draw_tiles(axes, list(means), columns, cmap=colours("RdBu_r"), vmin=-end, vmax=end)
+        _bar(figure, axes, columns * cell, rows * cell * height / width, label="weight")
     return figure
 
 
 def _features(image: Tensor, layers: Sequence[tuple[str, Tensor]]) -> Any:
-    from matplotlib import colormaps
-
     heights = [2 * image.shape[-2] / image.shape[-1], *(maps.shape[-2] / maps.shape[-1] for _, maps in layers)]
     cell, title = 0.72, 0.32
     figure = titled(
         "What each layer makes of one image",
-        f"The up to {MOST_MAPS} maps that vary most; bright is large, each row has its own scale. Dead: 0 all over.",
+        f"The up to {MOST_MAPS} maps that vary most; bright is large, each has a scale of its own. Dead: 0 all over.",
         cell * (MOST_MAPS * (1 + GAP)) + 0.2,
         sum(cell * height + title for height in heights),
     )
@@ -223,17 +226,14 @@ def _features(image: Tensor, layers: Sequence[tuple[str, Tensor]]) -> Any:
     first, *others = rows[:, 0]
     draw_tiles(first, [picture(image)], MOST_MAPS // 2, **GREYS)
     first.set_title(f"image: {' × '.join(map(str, image.shape))}", loc="left")
-    colours = colormaps["viridis"].with_extremes(bad="#DDDDDD")
+    scale = colours("viridis").with_extremes(bad="#DDDDDD")
     for axes, (name, maps) in zip(others, layers, strict=True):
         is_dead = ~maps.flatten(1).any(1)
         dead = f", {int(is_dead.sum())} dead" if is_dead.any() else ""
-        axes.set_title(f"{name}: {len(maps)} maps of {maps.shape[1]}×{maps.shape[2]}{dead}", loc="left")
+        axes.set_title(f"{name}: {counted(len(maps), 'map')} of {maps.shape[1]}×{maps.shape[2]}{dead}", loc="left")
         chosen = maps.flatten(1).var(1, correction=0).argsort(descending=True, stable=True)[:MOST_MAPS]
-        shown = maps[chosen]
-        low, high = min(0.0, shown.min().item()), shown.max().item()
-        blank = torch.full_like(shown[0], math.nan)
-        tiles = [blank if is_dead[at] else maps[at] for at in chosen]
-        cells = draw_tiles(axes, tiles, MOST_MAPS, cmap=colours, vmin=low, vmax=high if high > low else low + 1)
+        tiles = [maps[at] / 0 if is_dead[at] else maps[at] for at in chosen]  # 0 / 0, which is drawn as no number
+        cells = draw_tiles(axes, tiles, MOST_MAPS, cmap=scale)
         for at, (x, y, tall) in zip(chosen, cells, strict=True):
             if is_dead[at]:
                 axes.text(x + 0.5, y + tall / 2, "dead", ha="center", va="center", fontsize=7, color=sheet.GREY)
@@ -243,79 +243,91 @@ def _features(image: Tensor, layers: Sequence[tuple[str, Tensor]]) -> Any:
 def _embedding(points: Tensor, labels: Tensor, names: Sequence[str]) -> Any:
     from matplotlib.patheffects import withStroke
 
+    columns = math.ceil(len(names) / 32)
     figure = titled(
-        f"{len(points):,} images in the space of the 2-unit layer",
-        "A point is an image, by its actual class, whose name stands at the median of its points.",
-        *(7.5, 5.8),
+        f"{counted(len(points), 'image')} in the space of the 2-unit layer",
+        "A point is an image, by its actual class, whose name stands at the median of its points where there is room.",
+        6.5 + columns,
+        5.8,
     )
     axes = figure.subplots()
+    written: list[Any] = []
     size = min(20.0, max(4.0, 8000 / max(len(points), 1)))
     for label, name in enumerate(names):
         own = points[labels == label]
         if not len(own):
             continue
         look = {"color": _CLASSES[label % len(_CLASSES)], "marker": _MARKERS[label % len(_MARKERS)]}
-        axes.scatter(*own.T.numpy(), s=size, alpha=0.7, linewidths=0.3, edgecolors="white", label=cut(name, 24), **look)
+        axes.scatter(*own.T.numpy(), s=size, alpha=0.7, linewidths=0.25, edgecolors="black", label=cut(name, 24), **look)
         centre = own.nanmedian(0).values.tolist()
         if all(map(math.isfinite, centre)):
             halo = [withStroke(linewidth=2.5, foreground="white")]
-            axes.text(*centre, cut(name, 24), ha="center", va="center", fontweight="bold", path_effects=halo)
+            text = axes.text(*centre, cut(name, 16), ha="center", va="center", fontweight="bold")
+            text.set_path_effects(halo)
+            written.append(text)
     axes.set(xlabel="unit 1", ylabel="unit 2")
     axes.set_aspect("equal", adjustable="datalim")
     axes.grid()
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=math.ceil(len(names) / 32))
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), ncols=columns, markerscale=math.sqrt(24 / size))
+    figure.draw_without_rendering()  # texts get their places and sizes
+    boxes: list[Any] = []
+    for text in written:
+        box = text.get_window_extent()
+        text.set_visible(not any(box.overlaps(other) for other in boxes))
+        boxes += [box.padded(5)] if text.get_visible() else []
     return figure
 
 
 def _confusion(matrix: Tensor, names: Sequence[str]) -> Any:
-    from matplotlib import colormaps
     from matplotlib.colors import PowerNorm
 
     count, images = len(names), int(matrix.sum())
     shares = matrix / matrix.sum(1, keepdim=True).clamp(min=1)
     cell = max(0.42, min(1.0, 3.5 / count)) if count <= _NUMBERED else 0.2 if count <= _NAMED else 9 / count
-    room = 0.06 * max(len(cut(name, 24)) for name in names) if count <= _NAMED else 0.2
+    room = 0.06 * max(len(cut(name, 24)) for name in names) if count <= _NAMED else 0.3
     is_long = count <= _NAMED and max(map(len, names)) > 6 * cell / 0.42
     note = "Colour: share of the row" + ("; cells without a number hold none." if count <= _NUMBERED else ".")
     figure = titled(
-        f"Confusion matrix: {100 * int(matrix.trace()) / max(images, 1):.2f} % of {images:,} images right",
+        f"Confusion matrix: {100 * int(matrix.trace()) / max(images, 1):.2f} % of {counted(images, 'image')} right",
         note,
-        max(_LEAST_WIDTH, count * cell + room + 1.6),
+        count * cell + room + 1.6,
         count * cell + (0.75 * room if is_long else 0.2) + 0.4,
     )
     axes = figure.subplots()
-    colours, scale = colormaps["Blues"], PowerNorm(0.5, 0, 1)  # the root, that few mistakes show
-    drawn = axes.imshow(shares.numpy(), cmap=colours, norm=scale)
+    blues, scale = colours("Blues"), PowerNorm(0.5, 0, 1)  # the root, that few mistakes show
+    axes.imshow(shares.numpy(), cmap=blues, norm=scale)
     if count <= _NUMBERED:
         for row, column in matrix.nonzero().tolist():
-            red, green, blue, _ = colours(scale(shares[row, column].item()))
-            is_dark = 0.299 * red + 0.587 * green + 0.114 * blue < 0.5
-            where = {"ha": "center", "va": "center", "fontsize": 7}
-            axes.text(column, row, f"{matrix[row, column]}", color="white" if is_dark else "black", **where)
+            red, green, blue, _ = blues(scale(shares[row, column].item()))
+            ink = "white" if 0.299 * red + 0.587 * green + 0.114 * blue < 0.5 else "black"
+            axes.text(column, row, f"{matrix[row, column]}", color=ink, fontsize=7, ha="center", va="center")
     if count <= _NAMED:
         labels = [cut(name, 24) for name in names]
         axes.set_yticks(range(count), labels)
         turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if is_long else {}
         axes.set_xticks(range(count), labels, **turned)
+        between = [at - 0.5 for at in range(1, count)]
+        axes.hlines(between, -0.5, count - 0.5, color="#CCCCCC", linewidth=0.4)
+        axes.vlines(between, -0.5, count - 0.5, color="#CCCCCC", linewidth=0.4)
     axes.spines[:].set_visible(True)
     axes.set(xlabel="predicted", ylabel="actual", anchor="W")
-    bar = figure.colorbar(drawn, ax=axes, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1], fraction=0.05, aspect=25)
+    bar = _bar(figure, axes, count * cell, count * cell, ticks=[0, 0.01, 0.05, 0.1, 0.25, 0.5, 1])
     bar.ax.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
     return figure
 
 
 def _mistakes(images: Tensor, captions: Sequence[str], total: int, among: int) -> Any:
     if not captions:
-        return titled(f"No mistakes among {among:,} images", "Every one was given its own class.", _LEAST_WIDTH, 0.1)
+        return titled(f"No mistakes among {counted(among, 'image')}", "Every one was given its own class.", 5.0, 0.1)
     columns = min(5, len(captions))
     tall = images.shape[-2] / images.shape[-1]
     under = 0.24 if any("\n" in caption for caption in captions) else 0.14
     cell = 1.3
-    what = f"{total:,} mistakes" if len(captions) == total else f"The {len(captions)} most confident of {total:,} mistakes"
+    kept = "" if len(captions) == total else f"The {len(captions)} most confident of "
     figure = titled(
-        f"{what} among {among:,} images",
+        f"{kept}{counted(total, 'mistake')} among {counted(among, 'image')}",
         "Below: predicted / actual class, probability of the predicted one; the most confident first.",
-        max(_LEAST_WIDTH, columns * cell * (1 + GAP)),
+        columns * cell * (1 + GAP) + 0.1,
         math.ceil(len(captions) / columns) * cell * (tall + GAP + under),
     )
     axes = figure.subplots()
@@ -326,6 +338,11 @@ def _mistakes(images: Tensor, captions: Sequence[str], total: int, among: int) -
 
 
 def _caption(predicted: str, actual: str, score: float) -> str:
-    predicted, actual = cut(predicted, 20), cut(actual, 20)
-    behind = " " if len(predicted) + len(actual) <= 14 else "\n"
+    predicted, actual = cut(predicted, 14), cut(actual, 14)
+    behind = " " if len(predicted) + len(actual) <= 12 else "\n"
     return f"{predicted} /{behind}{actual}, {100 * score:.0f} %"
+
+
+def _bar(figure: Any, axes: Any, width: float, height: float, **look: Any) -> Any:
+    """The scale of what was drawn last, right of `axes`, which are some `width` × `height` inches."""
+    return figure.colorbar(axes.images[-1], ax=axes, fraction=0.18 / width, aspect=height / 0.16, panchor=False, **look)

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 from fastconv.train import checkpoint
 from fastconv.train.batches import standardise
 from fastconv.train.checkpoint import Checkpoint
+from fastconv.train.data import MARGIN
 from fastconv.train.sources import folder
 from fastconv.train.step import autocast, probabilities
-
-_LARGER = 8 / 7  # of the net's resolution: five crops are taken of an image of so many pixels
 
 
 class Predictor:
@@ -26,6 +25,7 @@ class Predictor:
         layers: "fastconv" or "torch".
         tta: "test-time augmentation": scores are the mean over five crops (corners and centre) and their reflections, of an
             image whose smaller side is 8/7 of the net's resolution (Krizhevsky, Sutskever and Hinton, 2012).
+        model: the net's file or module, where it is one of one's own, as for `checkpoint.load_model`.
 
     Attributes:
         classes: names, by label.
@@ -34,10 +34,12 @@ class Predictor:
         FileNotFoundError, ValueError: no checkpoint there.
     """
 
-    def __init__(self, path: Path, *, device: str = "cpu", layers: str = "fastconv", tta: bool = False) -> None:
+    def __init__(
+        self, path: Path, *, device: str = "cpu", layers: str = "fastconv", tta: bool = False, model: str | None = None
+    ) -> None:
         self._model: nn.Module
         self._checkpoint: Checkpoint
-        self._model, self._checkpoint = checkpoint.load_model(path, layers=layers)
+        self._model, self._checkpoint = checkpoint.load_model(path, layers=layers, model=model)
         self._settings = self._checkpoint.settings.on(device)
         self._model.to(device)
         self._tta = tta
@@ -51,7 +53,7 @@ class Predictor:
         """
         facts, side = self._checkpoint.facts, self._settings.resolution
         for file in files:
-            pixels = folder.decode(file, round(side * _LARGER) if self._tta else side, channels=facts.channels)
+            pixels = folder.decode(file, round(side * MARGIN) if self._tta else side, channels=facts.channels)
             views = crops(pixels, side) if self._tta else pixels[None]
             yield self._probabilities(standardise(views, facts.mean, facts.std)).mean(0)
 

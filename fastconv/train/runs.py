@@ -15,6 +15,8 @@ from fastconv.train.checkpoint import Checkpoint
 from fastconv.train.keeper import checkpoint_name
 from fastconv.train.settings import Settings
 
+PICTURES = ("curves.png", "filters.png", "features.png", "embedding.png", "confusion.png", "mistakes.png")
+
 _PLAN, _METRICS = "run.json", "metrics.jsonl"
 
 
@@ -51,30 +53,46 @@ class Plan:
             raise ValueError(f"{path} is not the plan of a run: {error}") from error
 
 
-def number(runs: Path, name: str, resume: bool) -> int:
-    """Which of the folders `name`, `name-2`, `name-3`, ... comes next; to resume, the last that there is.
+def claim(runs: Path, name: str) -> int:
+    """Make the first of the folders `name`, `name-2`, `name-3`, ... that there is not; its number."""
+    runs.mkdir(parents=True, exist_ok=True)
+    number = 1
+    while True:
+        try:
+            folder(runs, name, number).mkdir()  # of two runs that begin together one gets it
+        except FileExistsError:
+            number += 1
+        else:
+            return number
+
+
+def last(runs: Path, name: str) -> int:
+    """The greatest number of these folders.
 
     Raises:
-        FileNotFoundError: nothing to resume.
+        FileNotFoundError: there is none.
     """
-    count = 0
-    while folder(runs, name, count + 1).exists():
-        count += 1
-    if resume and not count:
+    found = [path.name.removeprefix(f"{name}-") for path in runs.glob(f"{name}-*")]
+    numbers = [int(text) for text in found if text.isdecimal()] + [1] * folder(runs, name, 1).exists()
+    if not numbers:
         raise FileNotFoundError(f"{runs / name} holds no run to go on with")
-    return count if resume else count + 1
+    return max(numbers)
 
 
-def folder(runs: Path, name: str, count: int) -> Path:
-    return runs / (name if count == 1 else f"{name}-{count}")
+def folder(runs: Path, name: str, number: int) -> Path:
+    return runs / (name if number == 1 else f"{name}-{number}")
 
 
 def clear(at: Path) -> None:
     """Remove what a former run left in a folder, and nothing else."""
     if at.is_dir():
-        for pattern in (_PLAN, _METRICS, "*-seed*.pt", "*.png"):
+        for pattern in (_PLAN, _METRICS, "*-seed*.pt", *PICTURES):
             for file in at.glob(pattern):
                 file.unlink()
+
+
+def is_begun(at: Path) -> bool:
+    return (at / _PLAN).is_file()
 
 
 class Metrics:

@@ -123,7 +123,8 @@ class Settings:
         return dataclasses.replace(self, seed=seed)
 
     def on(self, device: str) -> Settings:
-        return dataclasses.replace(self, device=device)
+        is_captured = self.cuda_graph if torch.device(device).type == "cuda" else None
+        return dataclasses.replace(self, device=device, cuda_graph=is_captured)
 
     def as_dict(self) -> dict[str, Any]:
         """What `from_dict` reads, of plain numbers, texts, lists and dicts."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,7 +43,7 @@ class Step:
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self._device)
         self.right = torch.zeros((), dtype=torch.int64, device=self._device)
         self._run: Callable[[Tensor], Tensor] = group.parallel(model)
-        self._is_compiled = compiled
+        self._is_compiled, self._is_shared = compiled, group.world > 1
         if compiled:
             # The whole step is captured here, the optimizer with it, for all nets alike.
             self._run = torch.compile(self._run, mode="max-autotune-no-cudagraphs" if on_gpu else None, dynamic=False)
@@ -52,8 +53,12 @@ class Step:
 
     @property
     def gains_by_preparation(self) -> bool:
-        """Whether a first step would take much longer than those behind it."""
-        return self._is_captured or self._is_compiled
+        """Whether a first step is not like those behind it.
+
+        It takes longer where it compiles or captures. DistributedDataParallel puts gradients into other buckets after its
+        first backward, and sums them in another order from then on.
+        """
+        return self._is_captured or self._is_compiled or self._is_shared
 
     def mode(self) -> None:
         """Training mode, before an epoch."""
@@ -124,14 +129,15 @@ class Step:
         self._static = images.clone(), labels.clone()
         stream = torch.cuda.Stream(self._device)
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*capturable=True", category=UserWarning)  # not captured yet
             for _ in range(_WARM):
                 self._learn(*self._static)
         torch.cuda.current_stream(self._device).wait_stream(stream)
         self.optimizer.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
         memory = Growth(self._device)
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, stream=stream):
             self._learn(*self._static)
         self.growth = memory.bytes()
 

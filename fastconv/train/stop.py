@@ -29,12 +29,13 @@ class Request:
 @contextmanager
 def requests() -> Iterator[Request]:
     """Within the block a first signal is noted, and a second does what it did before; in other threads than the main one
-    signals are left alone, as Python demands."""
+    signals are left alone, as Python demands, and so are signals that are ignored."""
     request = Request()
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = {number: signal.getsignal(number) or signal.SIG_DFL for number in _SIGNALS}
+    now = {number: signal.getsignal(number) for number in _SIGNALS}
+    before = {number: handler for number, handler in now.items() if handler not in (None, signal.SIG_IGN)}
 
     def note(number: int, frame: FrameType | None) -> None:
         request.number = number
@@ -44,7 +45,7 @@ def requests() -> Iterator[Request]:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-    for number in _SIGNALS:
+    for number in before:
         signal.signal(number, note)
     try:
         yield request

@@ -111,6 +111,7 @@ class Trainee:
         count = self._batches.images_per_epoch
         loss, right = self._group.total(self._learn.loss_sum, self._learn.right)
         split = "test" if self._data.validation is None else "validation"
+        self._group.share_buffers(self.model)
         score = self.evaluate(split)
         self.epochs.append(
             Epoch(
@@ -147,6 +148,7 @@ class Trainee:
         self.model.eval()
         loss = torch.zeros((), dtype=torch.float64, device=self._device)
         right = torch.zeros((), dtype=torch.int64, device=self._device)
+        seen = 0  # corrupt files that are passed over are not
         images_of = getattr(self._data, split)
         group = self._group
         for images, labels, _ in evaluation(self._data, images_of, device=self._device, rank=group.rank, world=group.world):
@@ -154,8 +156,9 @@ class Trainee:
                 scores = self.model(images)
             loss += loss_of(scores, labels) * len(labels)
             right += (predicted(scores) == labels).sum()
-        total_loss, total_right = group.total(loss, right)
-        return Score(total_loss / len(images_of), total_right / len(images_of))
+            seen += len(labels)
+        total_loss, total_right, total = group.total(loss, right, torch.tensor(seen))
+        return Score(total_loss / total, total_right / total)
 
     @contextmanager
     def _randomness(self) -> Iterator[None]:
@@ -163,7 +166,10 @@ class Trainee:
         on_gpu = self._device.type == "cuda"
         with torch.random.fork_rng([self._device] if on_gpu else []):
             seed = self._settings.seed * _EPOCH_SEED + self.epoch
-            torch.manual_seed(seed + _RANK_SEED * _EPOCH_SEED * self._group.rank)
+            seed += _RANK_SEED * _EPOCH_SEED * self._group.rank
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                torch.cuda.manual_seed(seed)  # of this device, whose state fork_rng puts back
             if "rng" in self._rng:
                 torch.set_rng_state(self._rng["rng"])
             if on_gpu and "cuda_rng" in self._rng:

@@ -171,6 +171,8 @@ def decode(path: str | Path, size: int, *, channels: int = 3) -> Tensor:
     _pillow()
     from PIL import Image, ImageOps
 
+    if channels not in (1, 3):
+        raise ValueError(f"folder: an image has 1 channel or 3, got channels={channels}")
     try:
         with Image.open(path) as opened:
             opened.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at half, a quarter or an eighth of its size
