@@ -107,10 +107,22 @@ def test_quiet_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr() == ("", "")
 
 
-def _process(folder: Path, arguments: list[str], **keywords) -> subprocess.Popen[str]:
+def _process(folder: Path, arguments: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "fastconv", "train", "--runs", str(folder), *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **keywords}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, cwd=folder)
+    return subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        cwd=folder,
+        preexec_fn=_heard,
+    )
+
+
+def _heard() -> None:
+    """SIGINT as a terminal's foreground has it; where tests run in the background it is ignored."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.parametrize(

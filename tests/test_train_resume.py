@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,14 @@ SMALL = Settings.of(
     "synthetic:80", resolution=8, options={"width": 8, "max_width": 16}, epochs=3, batch_size=16, learning_rate=1e-3
 )
 STEPS = 3
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """SIGINT as a terminal's foreground has it; where tests run in the background it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def _state(outcome: Outcome) -> dict[str, torch.Tensor]:

@@ -137,8 +137,14 @@ class Step:
         self.optimizer.zero_grad(set_to_none=True)
         self._graph = torch.cuda.CUDAGraph()
         memory = Growth(self._device)
-        with torch.cuda.graph(self._graph, stream=stream):
-            self._learn(*self._static)
+        try:
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._learn(*self._static)
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"train: a step of this net cannot be captured as a CUDA graph; cuda_graph=False (--no-cuda-graph) runs it "
+                f"step by step: {error}"
+            ) from error
         self.growth = memory.bytes()
 
     def _learn(self, images: Tensor, labels: Tensor) -> None:
