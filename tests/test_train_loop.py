@@ -60,17 +60,19 @@ def test_nets_learn_alike_side_by_side(data: Dataset) -> None:
 
 def test_a_step_is_torchs_own(data: Dataset) -> None:
     """Against ten lines of plain torch, over three steps, decay and schedule included."""
-    settings = dataclasses.replace(SMALL, augmentation=None)
+    settings = dataclasses.replace(SMALL, weight_decay=20.0)
     batches = list(batches_of(settings, data, Group()).epoch(0))[:3]
     torch.manual_seed(0)
     model = models.recipe_net(8, width=8, max_width=16, layers="torch").to(memory_format=torch.channels_last)
+    for bias in (p for p in model.parameters() if p.dim() == 1):
+        nn.init.ones_(bias)  # that would be seen to decay
     own = models.recipe_net(8, width=8, max_width=16).to(memory_format=torch.channels_last)
     own.load_state_dict(model.state_dict())
     step = Step(own, settings, Group(), compiled=False)
     step.mode()
     decayed = [p for p in model.parameters() if p.dim() > 1]
     biases = [p for p in model.parameters() if p.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": 0.05}, {"params": biases, "weight_decay": 0.0}]
+    groups = [{"params": decayed, "weight_decay": 20.0}, {"params": biases, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups)
     losses, right = 0.0, 0
     for number, (images, labels) in enumerate(batches):
@@ -109,6 +111,17 @@ def test_a_step_that_overflows_changes_nothing(data: Dataset, kind: str) -> None
         step(images, labels, 1e-2)
     assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
     assert not torch.equal(model.classifier.weight, before["classifier.weight"])
+
+
+def test_the_loss_scale_is_gone_on_with() -> None:
+    settings = dataclasses.replace(SMALL, dtype="float16")
+    first, second = (
+        Step(models.build("recipe", resolution=8, width=8, max_width=8), settings, Group(), compiled=False) for _ in range(2)
+    )
+    first.scaler.scale(torch.ones(()))  # which makes it
+    first.scaler.update(1024.0)
+    second.restore(first.state())
+    assert second.scaler.scale(torch.ones(())).item() == 1024
 
 
 @pytest.mark.parametrize("kind", ["adamw", "sgd"])

@@ -274,6 +274,22 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_file_is_renamed_when_it_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "net.pt"
+    checkpoint.save(path, _checkpoint(10, 1.0))
+    renamed = []
+
+    def rename(partial: Path, to: Path) -> None:
+        values = [checkpoint.load(file).state["tensor"][0].item() for file in (to, partial)]
+        renamed.append(values)
+        partial.rename(to)
+
+    monkeypatch.setattr(os, "replace", rename)
+    checkpoint.save(path, _checkpoint(10, 2.0))
+    assert renamed == [[1.0, 2.0]]
+    assert checkpoint.load(path).state["tensor"][0] == 2
+
+
 _WRITER = textwrap.dedent(
     """
     import sys
