@@ -11,8 +11,8 @@
 #                                   sanitizers; a finding fails. Needs g++; the usual build stays as it is
 #   make docs                       docs/kernels.md, docs/traffic.md, docs/cuda.md: machine code of the kernels and the bytes that they move, no
 #                                   GPU needed
-#   make gpu [PART=layers,models]   all that needs an NVIDIA GPU, part after part: tests, tune, layers, models, training, inspect;
-#                                   results under benchmarks/results/<chip>/, and copies in the folder that the variable OUT
+#   make gpu [PART=layers,models]   all that needs an NVIDIA GPU, part after part: tests, tune, layers, models, training, inspect,
+#                                   train; results under benchmarks/results/<chip>/, and copies in the folder that the variable OUT
 #                                   names. A part ends within LIMIT seconds (480): run it again and it goes on where it
 #                                   stopped. "Error 1" behind the last line: something failed; 3: something is left.
 #                                   `make gpu DEVICE=cpu QUICK=1` rehearses it without a GPU; results under runs/gpu/

@@ -30,7 +30,7 @@ _GRACE = 15.0  # seconds between an interrupt and the end
 _EVERY = 20.0  # seconds between copies
 _MOST_FILES, _MOST_BYTES = 7, 15 * 2**20  # of copies; an eighth file may lie there while it is written
 _KINDS = (".json", ".md", ".log", ".txt")
-_FIRST = ("gpu.log", "tuning.json", "layers.json", "pools.json", "models.json", "training.json", "inspect.md")
+_FIRST = ("gpu.log", "tuning.json", "layers.json", "pools.json", "models.json", "training.json", "inspect.md", "train.md")
 _ARCHIVE = "more.tar.gz"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _PROBE = """
@@ -69,7 +69,7 @@ class Run:
         setup.folder.mkdir(parents=True, exist_ok=True)
         self._before = {file.name: _stamp(file) for file in setup.folder.iterdir()}
         self._shown = self.log.stat().st_size if self.log.is_file() else 0
-        self._page: list[str] = []
+        self._pages: dict[str, list[str]] = {}
         self._table = setup.folder / "tuning.json"
         if setup.table.is_file() and not self._table.is_file():
             shutil.copyfile(setup.table, self._table)
@@ -93,9 +93,12 @@ class Run:
                 last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
                 self.rows.append(Row(name, step.name, time.monotonic() - begun, outcome, last.strip()))
                 if step.is_page:
-                    self._page += [f"## {step.name}", "", f"`{' '.join(step.command[2:])}`: {outcome}", "", *_fenced(text)]
-                    page = ["# Seen on " + self.setup.chip, "", "Written by `make gpu PART=inspect`.", "", *self._page]
-                    (self.setup.folder / "inspect.md").write_text("\n".join(page), encoding="utf-8")
+                    page = self._pages.setdefault(
+                        name, [f"# Seen on {self.setup.chip}", "", f"Written by `make gpu PART={name}`.", ""]
+                    )
+                    command = " ".join(step.command[2:]).replace(f"{ROOT}/", "")
+                    page += [f"## {step.name}", "", f"`{command}`: {outcome}", "", *_fenced(text)]
+                    (self.setup.folder / f"{name}.md").write_text("\n".join(page), encoding="utf-8")
                 self.install()
                 self.copy()
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-PARTS = ("tests", "tune", "layers", "models", "training", "inspect")
+from fastconv.bench.counters import tool
+
+PARTS = ("tests", "tune", "layers", "models", "training", "inspect", "train")
 
 
 class Setup(NamedTuple):
@@ -39,7 +40,7 @@ class Step(NamedTuple):
     Attributes:
         most: seconds that it may take; a step that has no such limit has what is left of its part.
         unfinished: its exit status when it stopped in time with work left.
-        is_page: what it prints goes into inspect.md.
+        is_page: what it prints goes into a page of the part's name, as inspect.md.
     """
 
     name: str
@@ -52,8 +53,8 @@ class Step(NamedTuple):
 def parts(setup: Setup) -> dict[str, list[Step]]:
     """The steps of each part."""
     suites = {"layers": ("overhead", "scaling", "pools", "layers"), "models": ("models",), "training": ("training",)}
-    benches = {part: [_bench(setup, *suites)] for part, suites in suites.items()}
-    return {"tests": _tests(setup), "tune": _tune(setup), **benches, "inspect": _inspect(setup)}
+    benches = {part: [_bench(setup, *suites), _goals(setup)] for part, suites in suites.items()}
+    return {"tests": _tests(setup), "tune": _tune(setup), **benches, "inspect": _inspect(setup), "train": _train(setup)}
 
 
 def _fastconv(*arguments: str) -> tuple[str, ...]:
@@ -64,6 +65,10 @@ def _bench(setup: Setup, *suites: str) -> Step:
     chosen = [word for suite in suites for word in ("--suite", suite)]
     options = ["--device", setup.device, "--out", str(setup.root), "--resume", "--seconds", "{seconds}", "--no-plots"]
     return Step(" ".join(suites), _fastconv("bench", *chosen, *options, *(["--quick"] if setup.is_quick else [])))
+
+
+def _goals(setup: Setup) -> Step:
+    return Step("goals", (sys.executable, "-m", "benchmarks.goals", str(setup.folder)), most=30.0, unfinished=75)
 
 
 def _tests(setup: Setup) -> list[Step]:
@@ -78,9 +83,7 @@ def _tests(setup: Setup) -> list[Step]:
     if setup.device == "cpu":
         few = ("-m", "not gpu", "-k", "TestReLUBackward and cpu", "tests/test_native_kernels.py")
         return [*steps, Step("cpu", (*pytest, *few), unfinished=75)]
-    sanitizer = shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin")
-    )
+    sanitizer = tool("compute-sanitizer")
     if sanitizer is None:
         return [*steps, Step("sanitizer", ("echo", "left out: no compute-sanitizer on PATH or under $CUDA_HOME/bin"))]
     # Small convolutions in every direction, on the native kernels and on Triton's.
@@ -91,10 +94,19 @@ def _tests(setup: Setup) -> list[Step]:
     )
     chosen = ("-m", "gpu", "-k", few, "tests/test_native_kernels.py", "tests/test_functional.py")
     # What libraries ask of the driver and are refused is none of our errors.
-    for tool, options in (("memcheck", ("--report-api-errors", "no")), ("racecheck", ())):
+    for checker, options in (("memcheck", ("--report-api-errors", "no")), ("racecheck", ())):
         # Allocations that are not cached: what lies behind a tensor is no other tensor's.
-        checked = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--tool", tool, "--error-exitcode", "86", *options)
-        steps.append(Step(tool, (*checked, *pytest, *chosen), most=120.0, unfinished=75))
+        checked = (
+            "env",
+            "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
+            sanitizer,
+            "--tool",
+            checker,
+            "--error-exitcode",
+            "86",
+            *options,
+        )
+        steps.append(Step(checker, (*checked, *pytest, *chosen), most=120.0, unfinished=75))
     return steps
 
 
@@ -122,5 +134,41 @@ def _inspect(setup: Setup) -> list[Step]:
     for net, batch, size in nets:
         which = ("--model", net, "--batch", str(batch), "--size", str(size))
         steps.append(Step(f"Kernels of a training step: {net}", (*kernels, *which), is_page=True))
+    steps += [_counted(setup, net, size) for net, _, size in nets] if setup.device == "cuda" else []
     few = ["--first", "--kernel", "max_pool"] if setup.is_quick else ["--processes", str(os.cpu_count() or 2)]
     return [*steps, Step("What Triton's kernels compile to", _fastconv("inspect", "--arch", setup.arch, *few), is_page=True)]
+
+
+def _counted(setup: Setup, net: str, size: int) -> Step:
+    name = f"Counters of a training step: {net}"
+    if tool("ncu") is None:
+        return Step(name, ("echo", "left out: no ncu on PATH or under $CUDA_HOME/bin"), is_page=True)
+    which = ("--model", net, "--batch", "2" if setup.is_quick else "32", "--size", str(size), "--device", setup.device)
+    return Step(name, (sys.executable, "-m", "fastconv.bench.counters", *which), most=90.0, unfinished=75, is_page=True)
+
+
+def _train(setup: Setup) -> list[Step]:
+    """Whole trainings, from images to test accuracy: real digits where they are installed, and drawn images at R = 224."""
+    large = (
+        "--data",
+        "synthetic:8192",
+        "--resolution",
+        "224",
+        "--batch-size",
+        "256",
+        "--dtype",
+        "bfloat16",
+        "--epochs",
+        "4",
+    )
+    wide = ("--option", "width=64", "--option", "max_width=512")
+    small = ("--data", "synthetic:200", "--resolution", "16", "--batch-size", "32", "--epochs", "1")
+    narrow = ("--option", "width=8", "--option", "max_width=16")
+    runs = {"synthetic": ("--compare", "fastconv,torch", *((*small, *narrow) if setup.is_quick else (*large, *wide)))}
+    if importlib.util.find_spec("sklearn") and not setup.is_quick:
+        runs = {"digits": ("--compare",), **runs}
+    where = ("--runs", str(setup.cache / "train"), "--overwrite", "--device", setup.device)
+    return [
+        Step(f"fastconv train: {name}", _fastconv("train", "--name", name, *how, *where), most=220.0, is_page=True)
+        for name, how in runs.items()
+    ]

@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from benchmarks import tables
+from benchmarks import goals, tables
 from fastconv.bench import pairs, plots, records
 from fastconv.bench.records import SUITES, Record
 
@@ -129,6 +129,7 @@ def _results(found: dict[Path, list[Record]]) -> Iterator[str]:
     for folder, of in found.items():
         yield from ("", f"## {pairs.chip(of)}", "", _machine(of))
         yield from _pictures(of, Path("..") / "benchmarks" / "results" / folder.name, lambda kind: True)
+        yield from _titled("### Goals", goals.table(of))
         for suite in SUITES:
             yield from _titled(f"### {_TITLES[suite]}", tables.everything([r for r in of if r.suite == suite]))
 

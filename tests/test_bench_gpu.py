@@ -205,7 +205,9 @@ def test_arguments_that_are_none(arguments: list[str], capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as stopped:
         gpu.main([*arguments, "--check"])
     assert stopped.value.code == 2
-    assert "PART must be of tests, tune, layers, models, training, inspect, and LIMIT above 0" in capsys.readouterr().err
+    assert (
+        "PART must be of tests, tune, layers, models, training, inspect, train, and LIMIT above 0" in capsys.readouterr().err
+    )
     assert gpu.main(["--part", "inspect,tests", "--check"]) == 0
 
 
@@ -237,25 +239,34 @@ def test_commands_are_ones_that_there_are(
         assert cli.main([word.replace("{seconds}", "5") for word in words]) == 0, words
     assert len(parsed) == len(ours) >= 5
     timed = [step for part in ("tests", "tune", "layers", "models", "training") for step in parts[part]]
-    assert all("{seconds}" in step.command for step in timed if step.command[0] != "echo")
+    assert all("{seconds}" in step.command or step.name == "goals" for step in timed if step.command[0] != "echo")
     names = [step.name for step in parts["tune"]]
     if not is_quick:
         assert names[:3] == ["recipe 256x3x224x224 bfloat16", "recipe 128x3x32x32 bfloat16", "vgg16 32x3x224x224 bfloat16"]
         assert len(set(names)) == 9
-    assert [s.command.count("--suite") for part in ("layers", "models", "training") for s in parts[part]] == [4, 1, 1]
+    assert [s.command.count("--suite") for part in ("layers", "models", "training") for s in parts[part]] == [
+        4,
+        0,
+        1,
+        0,
+        1,
+        0,
+    ]
 
 
 _SOME_TESTS = """
-import pathlib, time
-import pytest
+import pathlib
+from benchmarks import gpu_tests
 def test_passes(): pathlib.Path("ran").open("a").write("p")
 def test_fails(): assert pathlib.Path("mended").exists(), "not yet"
-def test_waits(): time.sleep(0.3)
+def test_waits(): gpu_tests.time.now += 0.3
 def test_last(): pathlib.Path("ran").open("a").write("l")
 """
 
 
-def test_tests_go_on_where_they_stopped(pytester: pytest.Pytester) -> None:
+def test_tests_go_on_where_they_stopped(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr(gpu_tests, "time", clock)
     pytester.makepyfile(test_some=_SOME_TESTS)
     passed = pytester.path / "passed.txt"
 
@@ -268,8 +279,8 @@ def test_tests_go_on_where_they_stopped(pytester: pytest.Pytester) -> None:
     names = [f"test_some.py::test_{name}" for name in ("passes", "waits", "last")]
     assert passed.read_text().splitlines()[1:] == names[:2]
     (pytester.path / "mended").touch()
-    assert tests("--seconds", "0") == (gpu_tests.UNFINISHED, {"passed": 1, "deselected": 2})
-    assert tests("--seconds", "0") == (0, {"passed": 1, "deselected": 3}), "the last one was in time"
+    assert tests("--seconds", "-1") == (gpu_tests.UNFINISHED, {"passed": 1, "deselected": 2})
+    assert tests("--seconds", "-1") == (0, {"passed": 1, "deselected": 3}), "the last one was in time"
     assert tests() == (0, {"deselected": 4}), "nothing is left"
     assert (pytester.path / "ran").read_text() == "pl"
     passed.write_text("\n".join(["other sources", *names]))

@@ -21,7 +21,7 @@ from fastconv import models
 from fastconv.models.layers import LAYERS
 
 _COPIES = ("Memcpy", "Memset", "Activity Buffer")  # how CUPTI's names of what is no kernel begin
-_WIDTH = 100  # of a kernel's name: C++ writes all arguments of a template into it
+NAME_WIDTH = 100  # of a kernel's name: C++ writes all arguments of a template into it
 
 
 @dataclass(frozen=True)
@@ -101,30 +101,44 @@ def table(kernels: list[Kernel], most: int) -> str:
         rows = [*rows, Kernel("others", sum(k.count for k in rest), sum(k.microseconds for k in rest))]
     rows = [*rows, Kernel("all", sum(k.count for k in kernels), sum(k.microseconds for k in kernels))]
     return "\n".join(
-        f"{k.microseconds:>10.0f} µs {k.microseconds / total:>4.0%} {k.count:>4}× {k.name[:_WIDTH]}" for k in rows
+        f"{k.microseconds:>10.0f} µs {k.microseconds / total:>4.0%} {k.count:>4}× {k.name[:NAME_WIDTH]}" for k in rows
     )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Kernels of one training step, on fastconv's layers and on torch's.")
+def net_step(options: argparse.Namespace, layers: str) -> Callable[[], None]:
+    """A training step of the net, batch, size, dtype and device of `options` on these layers, in channels_last."""
+    torch.manual_seed(0)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    model = models.build(options.model, resolution=options.size, layers=layers)
+    model = model.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    shape = (options.batch, models.native(options.model).channels, options.size, options.size)
+    return training_step(model, torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last))
+
+
+def title(options: argparse.Namespace, layers: str) -> str:
+    """What the table below it is of."""
+    name = f"{options.model} R={options.size} batch {options.batch} {options.dtype}"
+    return f"{name}, a training step on {layers}'s layers, channels_last"
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Of the options that `net_step` and `title` read."""
+    parser = argparse.ArgumentParser(description=description)
     option = parser.add_argument
-    option("--model", choices=("recipe", "vgg16"), default="recipe")
+    option("--model", choices=models.list(), default="recipe")
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     option("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of parameters and images")
     option("--batch", type=int, default=32)
     option("--size", type=int, default=224, help="height and width of the images")
     option("--most", type=int, default=25, help="lines of a table (default: 25)")
-    options = parser.parse_args(arguments)
-    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parser("Kernels of one training step, on fastconv's layers and on torch's.").parse_args(arguments)
     for layers in LAYERS:
-        torch.manual_seed(0)
-        is_recipe = options.model == "recipe"
-        model: nn.Module = models.recipe_net(options.size, layers=layers) if is_recipe else models.vgg(16, layers=layers)
-        model = model.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        images = torch.randn(options.batch, 3, options.size, options.size, device=device, dtype=dtype)
-        kernels = launches(training_step(model, images.contiguous(memory_format=torch.channels_last)), device)
-        name = f"{options.model} R={options.size} batch {options.batch} {options.dtype}"
-        print(f"{name}, a training step on {layers}'s layers, channels_last\n{table(kernels, options.most)}\n", flush=True)
+        found = launches(net_step(options, layers), options.device)
+        print(f"{title(options, layers)}\n{table(found, options.most)}\n", flush=True)
     return 0
 
 
