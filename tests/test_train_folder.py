@@ -50,6 +50,15 @@ def test_classes_of_a_folder(tmp_path: Path) -> None:
     assert Path(data.train.names[int((data.train.labels == 0).nonzero()[0])]).parent.name == "owl"
 
 
+def test_a_class_that_is_left_out_may_be_too_small_to_divide(tmp_path: Path) -> None:
+    made_data.folder(tmp_path)
+    for image in sorted((tmp_path / "dog").iterdir())[1:]:
+        image.unlink()
+    with pytest.raises(ValueError, match="class 'dog' has only 1 training image"):
+        load(f"folder:{tmp_path}", resolution=8)
+    assert load(f"folder:{tmp_path}", resolution=8, classes=["owl", "cat"]).classes == ("owl", "cat")
+
+
 def test_the_usual_resolution_of_a_folder(tmp_path: Path) -> None:
     data = load(f"folder:{made_data.folder(tmp_path, count=2)}")
     assert data.train.images.shape[1:] == (3, 256, 256)

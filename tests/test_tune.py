@@ -17,7 +17,7 @@ import fastconv
 from fastconv import backends, tuning
 from fastconv.backends import aten, native
 from fastconv.bench import tune
-from fastconv.cli import main
+from fastconv.cli import arguments, main
 from fastconv.geometry import ConvGeometry, PoolGeometry, global_pool, single_elements
 from fastconv.precision import Policy
 from fastconv.tuning import Call, Candidate, cpu, tables
@@ -338,6 +338,18 @@ def test_models_that_cannot_be_tuned(
     assert line.startswith("fastconv tune: ")
     assert message in line
     assert not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [("recipe", (8, 3, 32, 32)), ("lenet5", (8, 1, 28, 28)), ("vgg16", (8, 3, 32, 32)), ("alexnet", (8, 3, 224, 224))],
+)
+def test_the_usual_batch_suits_the_net(model: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr("fastconv.cli.tune._observe", lambda *arguments: seen.append(arguments[:2]) or {})
+    assert main(["tune", "--model", model, "--device", "cpu", "--resume"]) == 0
+    assert seen == [(model, shape)]
+    arguments.model(model, shape)
 
 
 def test_a_foreign_table_is_found_before_anything_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

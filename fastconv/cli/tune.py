@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import fastconv
-from fastconv import backends
+from fastconv import backends, models
 from fastconv.bench import timing, tune
 from fastconv.cli import arguments
 from fastconv.tuning import Call, tables
@@ -43,7 +43,7 @@ def add(commands: Any) -> None:
         "--input",
         type=_shape,
         metavar="NxCxHxW",
-        help="shape of a batch (default: 32x3x224x224 on a GPU, 8x3x32x32 on a CPU)",
+        help="shape of a batch (default: 32x3x224x224 on a GPU, 8x3x32x32 on a CPU, or the net's own size)",
     )
     option("--dtype", choices=_DTYPES, help="the 16-bit ones by autocast (default: bfloat16 on a GPU, float32 on a CPU)")
     option("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ... (default: auto)")
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {options.device}: allowed: auto, cpu, cuda, cuda:1, ...")
     on_gpu = device.type == "cuda"
-    shape = options.input or ((32, 3, 224, 224) if on_gpu else (8, 3, 32, 32))
+    shape = options.input or _usual(options.model, *((32, 224) if on_gpu else (8, 32)))
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
     chip = backends.chip(device.type, device.index)
     path = options.out or tables.user_file(chip)
@@ -93,6 +93,12 @@ def run(options: argparse.Namespace) -> int:
         print(f"stopped after {options.seconds:g} s: {len(calls) - done} of {len(calls)} calls are left, for --resume")
         return 3
     return 0
+
+
+def _usual(model: str, batch: int, wanted: int) -> tuple[int, ...]:
+    """A batch of images of the `wanted` size, or of the size that a net of the registry was made for."""
+    side = models.registry.resolution_for(model, wanted)
+    return batch, 3 if ":" in model else models.native(model).channels, side, side
 
 
 def _observe(name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Counter[Call]:

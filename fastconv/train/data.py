@@ -125,7 +125,7 @@ def load(
         raise ValueError(f"data: resolution must be at least 1, got resolution={resolution}")
     if validation is not None and not 0 <= validation < 1:
         raise ValueError(f"data: validation must be in [0, 1), got validation={validation}")
-    source = _only(_divided(_READERS[kind](where), validation), classes)
+    source = _divided(_only(_READERS[kind](where), classes), validation)
     assert source.test is not None
     seen = resolution or source.resolution
     parts = {"training": source.train, "validation": source.validation, "test": source.test}

@@ -28,8 +28,8 @@ _SLACK = 1.05  # of what a box covers, against the least
 _HALF_TILES = ((128, 256, 8, 3), (128, 128, 4, 4), (64, 256, 8, 4), (64, 128, 4, 4), (64, 64, 4, 4), (128, 64, 4, 4))
 # tf32: operands of 32 bits, 32 of them to a line.
 _SINGLE_TILES = ((128, 128, 8, 3), (64, 128, 4, 4), (64, 64, 4, 4))
-# (output channels, input channels, warps, stages) of a weight gradient's tile.
-_WEIGHT_TILES = ((128, 128, 8, 4), (64, 128, 4, 4), (128, 64, 4, 4), (64, 64, 4, 4))
+# (output channels, input channels) of a weight gradient's tile: the wider, the less is loaded for each product.
+_WEIGHT_TILES = ((128, 256), (256, 128), (128, 128), (64, 128), (128, 64), (64, 64))
 
 
 def candidates(op: str, direction: str, g: ConvGeometry, policy: Policy, capability: int | None) -> Iterator[dict[str, int]]:
@@ -103,21 +103,25 @@ def _takes(op: str, direction: str, g: ConvGeometry, policy: Policy, capability:
 
 def _weight_grad(g: ConvGeometry, policy: Policy, capability: int | None) -> Iterator[dict[str, int]]:
     pixels = _BOX_PIXELS * 2 // policy.dtype.itemsize
-    tiles: tuple[tuple[int, int, int, int], ...] = _WEIGHT_TILES if policy.dtype.itemsize == 2 else ((64, 64, 4, 4),)
+    tiles: tuple[tuple[int, int], ...] = _WEIGHT_TILES if policy.dtype.itemsize == 2 else ((64, 64),)
     if capability is None:
         pixels = min(max(16, power_of_two(g.out_pixels // 2)), _INTERPRETED_PIXELS)
-        tiles = ((128, 128, 4, 1),)
+        tiles = ((128, 128),)
     least = 16 if capability is None else 64
     seen = set()
-    for largest_n, largest_c, warps, stages in tiles:
+    for largest_n, largest_c in tiles:
         block_n = min(largest_n, max(least, power_of_two(g.out_channels)))
         block_c = min(largest_c, max(16, power_of_two(g.in_channels)))
+        if block_n > 128 < g.in_channels:
+            continue  # as wide as the first one, but the gradient goes by registers
         for block_b, block_h, block_w in _weight_boxes(pixels, g):
             if (block_n, block_c, block_h, block_w) not in seen:
                 seen.add((block_n, block_c, block_h, block_w))
                 sides = {"BLOCK_B": block_b, "BLOCK_H": block_h, "BLOCK_W": block_w, "BLOCK_N": block_n, "BLOCK_C": block_c}
+                stages = 1 if capability is None else 3 if block_n * block_c > 128 * 128 else 4
                 # A tile that few channels have made smaller is too small for so many.
-                yield {**sides, "NUM_STAGES": stages, "num_warps": warps if block_n * block_c == 128 * 128 else 4}
+                is_large = capability is not None and block_n * block_c >= 128 * 128
+                yield {**sides, "NUM_STAGES": stages, "num_warps": 8 if is_large else 4}
 
 
 def _weight_boxes(pixels: int, g: ConvGeometry) -> Iterator[Box]:
