@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastconv.bench import sources
 
@@ -22,6 +24,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Faults(is_worker=hasattr(config, "workerinput")))
     if not hasattr(config, "workerinput"):  # a worker of pytest-xdist reports to the process that started it
         config.pluginmanager.register(_Progress(config.getoption("passed"), config.getoption("seconds")))
 
@@ -46,6 +49,28 @@ def _read(file: Path | None) -> set[str]:
 
 def _sources() -> str:
     return sources.digest(Path(__file__).parents[1] / "tests")
+
+
+class _Faults:
+    """After a fault no kernel of the process runs: what fails behind it would hide the test that made it."""
+
+    def __init__(self, is_worker: bool) -> None:
+        self._is_worker = is_worker
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed and torch.cuda.is_initialized() and _is_lost():
+            if self._is_worker:
+                os._exit(1)  # pytest-xdist names the test and starts another process
+            pytest.exit(f"{report.nodeid}: the GPU no longer answers", returncode=1)
+
+
+def _is_lost() -> bool:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
 
 
 class _Progress:

@@ -69,7 +69,7 @@ class _Bands:
         self.original, self.is_output = original, False
         size = original.element_size()
         self.numel = 1 + sum((n - 1) * stride for n, stride in zip(original.shape, original.stride(), strict=True))
-        self.buffer = torch.empty(2 * _BAND + _LINE + self.numel, dtype=original.dtype)
+        self.buffer = torch.empty(2 * _BAND + _LINE + self.numel, dtype=original.dtype, device=original.device)
         self._bytes = self.buffer.view(torch.uint8)
         self._bytes.fill_(255)
         self.first = _BAND + (size - self.buffer.data_ptr() - _BAND * size) % _LINE // size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import subprocess
@@ -19,7 +20,7 @@ from torch.autograd import DeviceType
 from benchmarks import gpu, gpu_parts, gpu_tests
 from benchmarks.gpu_parts import PARTS, Setup, Step
 from fastconv import cli
-from fastconv.bench import kernels, sources
+from fastconv.bench import kernels, sources, timing
 
 pytest_plugins = ["pytester"]
 ROOT = Path(gpu.__file__).parents[1]
@@ -341,3 +342,33 @@ def test_kernels_of_a_step(capsys: pytest.CaptureFixture[str]) -> None:
     ours, theirs = capsys.readouterr().out.strip().split("\n\n")
     assert ours.startswith("recipe R=8 batch 1 bfloat16, a training step on fastconv's layers")
     assert "fastconv" in ours.partition("\n")[2] and "fastconv" not in theirs and theirs.count("\n") == 5
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_fault_ends_the_process_that_it_happened_in(is_lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else every test behind it would fail too."""
+
+    def synchronize(*_: object) -> None:
+        if is_lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    ended = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(gpu_tests.os, "_exit", ended.append)
+    failed, passed = (SimpleNamespace(failed=failed, nodeid="test_it") for failed in (True, False))
+    for report in (failed, passed):
+        with pytest.raises(pytest.exit.Exception) if is_lost and report is failed else contextlib.nullcontext():
+            gpu_tests._Faults(is_worker=False).pytest_runtest_logreport(report)  # type: ignore[arg-type]
+    assert ended == []
+    with contextlib.suppress(pytest.exit.Exception):  # which only a process that really ended would not come to
+        gpu_tests._Faults(is_worker=True).pytest_runtest_logreport(failed)  # type: ignore[arg-type]
+    assert ended == [1] * is_lost
+    error = ValueError("no such kernel")
+    timing.require_alive(torch.device("cpu"), "a call", error)
+    with (
+        pytest.raises(RuntimeError, match=r"a call: the GPU no longer answers .* first error was: no such kernel")
+        if is_lost
+        else contextlib.nullcontext()
+    ):
+        timing.require_alive(torch.device("cuda"), "a call", error)

@@ -28,8 +28,8 @@ SMALL = Settings.of(
     device="cuda",
 )
 HOW = [
-    pytest.param({"optimizer": kind, "dtype": dtype}, id=f"{kind}-{dtype}")
-    for kind in ("adamw", "sgd")
+    pytest.param({"optimizer": kind, "dtype": dtype, "learning_rate": rate}, id=f"{kind}-{dtype}")
+    for kind, rate in (("adamw", 2e-3), ("sgd", 5e-2))
     for dtype in ("float32", "bfloat16", "float16")
 ]
 

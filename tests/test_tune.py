@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from tuned import BF16, FP32
 import fastconv
 from fastconv import backends, tuning
 from fastconv.backends import aten, native
-from fastconv.bench import tune
+from fastconv.bench import ahead, tune
 from fastconv.cli import arguments, main
 from fastconv.geometry import ConvGeometry, PoolGeometry, global_pool, single_elements
 from fastconv.precision import Policy
@@ -98,7 +102,7 @@ def test_the_gate_passes_every_family_of_kernels(channels: int, groups: int, op_
     weight = (16, channels // groups, 3, 3)
     g = ConvGeometry.of(op, (2, channels, 8, 6), weight, None, (1, 1), (1, 1), (1, 1), groups)
     call = Call(op, direction, g, FP32, "interpreter", True)
-    right, rejected = tune._gated(call, tune._PROBLEMS[op_direction](call, CPU))
+    right, rejected = tune._gated(call, tune.PROBLEMS[op_direction](call, CPU))
     assert rejected == {}
     found = {candidate.kernel for candidate in right}
     special = {(16, 1): "tma", (3, 1): "first", (16, 4): "pointer", (16, 16): "depthwise"}[channels, groups]
@@ -359,3 +363,21 @@ def test_a_foreign_table_is_found_before_anything_is_measured(tmp_path: Path, ca
     assert main(["tune", "--device", "cpu", "--input", "1x3x4x4", "--out", str(out)]) == 1
     assert "it was measured on 'NVIDIA A100 sm_80'" in capsys.readouterr().err
     assert out.read_text() == before
+
+
+def test_kernels_are_compiled_ahead_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU; here, what each process does with a call, in the interpreter, and that a call travels to it."""
+    device, calls = torch.device("cpu"), [_call("conv2d_relu", "forward"), _call("conv2d", "weight_grad")]
+    served = []
+    monkeypatch.setattr(ahead.tuning, "candidates", lambda *_: (NATIVE, Candidate("triton", "", ()), ATEN))
+    monkeypatch.setattr(ahead.tuning, "forcing", lambda *choice: served.append(choice) or contextlib.nullcontext())
+    assert ahead.run_all(calls[0], device) == 1 and served == [(calls[0], Candidate("triton", "", ()))]
+    seen = []
+    monkeypatch.setattr(ahead, "ProcessPoolExecutor", lambda *_: pytest.fail("there is nothing to compile"))
+    ahead.compile_ahead(calls, device)
+    pool = SimpleNamespace(submit=lambda *task: seen.append(pickle.loads(pickle.dumps(task))) or Future())
+    monkeypatch.setattr(ahead, "ProcessPoolExecutor", lambda *_: contextlib.nullcontext(pool))
+    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(Future, "result", lambda _: None)
+    ahead.compile_ahead(calls, torch.device("cuda"))
+    assert seen == [(ahead.run_all, call, torch.device("cuda")) for call in calls]

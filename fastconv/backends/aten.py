@@ -141,10 +141,11 @@ def max_pool2d(x: Tensor, pool: PoolGeometry, relu: bool) -> tuple[Tensor, Tenso
     output, indices = F.max_pool2d(
         x, pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode, return_indices=True
     )
-    code = indices_to_code(indices, pool)
-    if not relu:
-        return output, code
-    return output.relu_(), code.masked_fill_(output <= 0, 0)
+    if relu:
+        return output.relu_(), indices_to_code(indices, pool).masked_fill_(output <= 0, 0)
+    if x.is_cuda and memory_format(x) is torch.channels_last:
+        indices = first_of_nothing(output, indices, pool)
+    return output, indices_to_code(indices, pool)
 
 
 def max_pool2d_backward(grad: Tensor, code: Tensor, pool: PoolGeometry, with_bias: bool) -> tuple[Tensor, Tensor | None]:
@@ -159,6 +160,15 @@ def max_pool2d_backward(grad: Tensor, code: Tensor, pool: PoolGeometry, with_bia
         flat.scatter_(2, indices, open_grad.flatten(2))
     unpooled = flat.view(pool.input_shape).to(grad.dtype)
     return unpooled, open_grad.sum((0, 2, 3)) if with_bias else None
+
+
+def first_of_nothing(output: Tensor, indices: Tensor, pool: PoolGeometry) -> Tensor:
+    """`indices`, but of a window with nothing above -inf that of its first element inside the map.
+
+    torch's CUDA kernel for channels_last gives such a window the map's first element, which need not be in it.
+    """
+    nothing = torch.zeros_like(indices, dtype=pool.code_dtype)
+    return torch.where(output == -torch.inf, code_to_indices(nothing, pool), indices)
 
 
 def indices_to_code(indices: Tensor, pool: PoolGeometry) -> Tensor:
@@ -196,6 +206,9 @@ def _window_origins(pool: PoolGeometry, device: torch.device) -> tuple[Tensor, T
 
 
 def avg_pool2d(x: Tensor, pool: PoolGeometry, count_include_pad: bool, divisor_override: int | None) -> Tensor:
+    if divisor_override is not None and _is_cut(x, divisor_override):
+        sums = avg_pool2d(x.to(_wide(x)), pool, count_include_pad, 1)
+        return (sums / divisor_override).to(x.dtype)
     return F.avg_pool2d(x, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, count_include_pad, divisor_override)
 
 
@@ -203,11 +216,22 @@ def avg_pool2d_backward(grad: Tensor, pool: PoolGeometry, count_include_pad: boo
     if pool.is_overlapping and grad.device.type == "cpu" and grad.dtype in (torch.bfloat16, torch.float16):
         # torch adds the windows' shares in the tensor's own dtype there
         return avg_pool2d_backward(grad.float(), pool, count_include_pad, divisor_override).to(grad.dtype)
+    if divisor_override is not None and _is_cut(grad, divisor_override):
+        return (avg_pool2d_backward(grad.to(_wide(grad)), pool, count_include_pad, 1) / divisor_override).to(grad.dtype)
     layout = memory_format(grad)
     shape_only = torch.empty(pool.input_shape, dtype=grad.dtype, device=grad.device, memory_format=layout)
     return torch.ops.aten.avg_pool2d_backward(
         grad, shape_only, pool.kernel_size, pool.stride, pool.padding, pool.ceil_mode, count_include_pad, divisor_override
     )
+
+
+def _is_cut(x: Tensor, divisor: int) -> bool:
+    """Whether torch's CUDA kernels, which have 32 bits for it, would divide by something else."""
+    return x.is_cuda and not -(2**31) <= divisor < 2**31
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def global_avg_pool2d(x: Tensor) -> Tensor:

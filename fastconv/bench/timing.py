@@ -209,3 +209,18 @@ def seconds(timing: Timing) -> str:
 def times(timing: Timing) -> str:
     """'1.25× (1.21–1.30)': a ratio, its 20% and 80% quantiles."""
     return f"{timing.median:.2f}× ({timing.q20:.2f}–{timing.q80:.2f})"
+
+
+def require_alive(device: torch.device, what: str, cause: Exception) -> None:
+    """After an error that is none of ours: whether the device still answers. After a fault no kernel of the process runs.
+
+    Raises:
+        RuntimeError: it does not; `what` was the last thing that it ran.
+    """
+    if device.type == "cuda":
+        try:
+            torch.cuda.synchronize(device)
+        except RuntimeError as fault:
+            raise RuntimeError(
+                f"{what}: the GPU no longer answers this process ({fault}); the first error was: {cause}"
+            ) from cause

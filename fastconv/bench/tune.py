@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastconv import backends, tuning
 from fastconv.bench import gate, sources
 from fastconv.bench.audit import winners
-from fastconv.bench.timing import Timing, compare, ratio
+from fastconv.bench.timing import Timing, compare, ratio, require_alive
 from fastconv.geometry import ConvGeometry, PoolGeometry
 from fastconv.precision import set_precision
 from fastconv.tuning import Call, Candidate, tables
@@ -86,7 +86,7 @@ def observe(step: Callable[[], object]) -> Counter[Call]:
     with backends.use_backend("auto"), set_precision("fast"), tuning.observing() as calls:
         step()
     return Counter(
-        {call: count for call, count in calls.items() if (call.op, call.direction) in _PROBLEMS and not call.policy.direct}
+        {call: count for call, count in calls.items() if (call.op, call.direction) in PROBLEMS and not call.policy.direct}
     )
 
 
@@ -131,15 +131,15 @@ def measure(call: Call, device: torch.device, most_seconds: float, rounds: int =
 
 
 def _measure(call: Call, device: torch.device, most_seconds: float, rounds: int) -> Measurement:
-    problem = _PROBLEMS[call.op, call.direction](call, device)
-    right, rejected = _gated(call, problem)
+    made = PROBLEMS[call.op, call.direction](call, device)
+    right, rejected = _gated(call, made)
     if len(right) < 2:
         return Measurement(call, {}, rejected, None)
 
     def runner(candidate: Candidate) -> Callable[[], object]:
         def run() -> Results:
             with tuning.forcing(call, candidate):
-                return problem.run(problem.operands, "auto")
+                return made.run(made.operands, "auto")
 
         return run
 
@@ -153,30 +153,33 @@ def _measure(call: Call, device: torch.device, most_seconds: float, rounds: int)
     return Measurement(call, by_candidate, rejected, winner)
 
 
-def _gated(call: Call, problem: Problem) -> tuple[list[Candidate], dict[Candidate, str]]:
+def _gated(call: Call, made: Problem) -> tuple[list[Candidate], dict[Candidate, str]]:
     """The candidates that give the right result, and why the others do not."""
     candidates = tuning.candidates(call.op, call.direction, call.geometry, call.policy, call.chip, call.channels_last)
     if not call.channels_last:  # the Triton backend chooses its tiles as for channels_last operands, to which it brings them
         ours = next((c for c in tuning.pick(*call[:-1], True) if c.backend == "triton"), None)
         candidates = tuple(c for c in candidates if c.backend != "triton" or c == ours)
     try:
-        exact_operands = tuple(t.double() if t.is_floating_point() else t for t in problem.operands)
-        exact = problem.run(exact_operands, "aten")
+        exact_operands = tuple(t.double() if t.is_floating_point() else t for t in made.operands)
+        with gate.searching(False):  # which takes cuDNN seconds in float64
+            exact = made.run(exact_operands, "aten")
     # Four times the memory of a 16-bit call may not be there: the calls that are smaller can still be measured.
     except Exception as error:
+        require_alive(made.operands[0].device, f"{call.op} {call.direction} in float64", error)
         return [], dict.fromkeys(candidates, f"no result in float64 to hold it against: {type(error).__name__}: {error}")
     right, rejected = [], {}
-    device_type = problem.operands[0].device.type
+    device_type = made.operands[0].device.type
     for candidate in candidates:
         supports = backends.load(candidate.backend).supports
         reason = supports(call.op, call.direction, call.geometry, call.policy, device_type)
         if reason is None:
             try:
                 with tuning.forcing(call, candidate):
-                    results = problem.run(problem.operands, "auto")
-                reason = problem.verify(results, exact, exact_operands)
+                    results = made.run(made.operands, "auto")
+                reason = made.verify(results, exact, exact_operands)
             # A compiler or a driver refuses a configuration in ways of its own; whatever it says becomes the reason.
             except Exception as error:
+                require_alive(made.operands[0].device, f"{call.op} {call.direction} {candidate}", error)
                 reason = f"{type(error).__name__}: {error}"
         if reason is None:
             right.append(candidate)
@@ -377,7 +380,7 @@ def _average(call: Call, device: torch.device) -> Problem:
     return Problem((operand,), run, _verify(pool.positions, call=call))
 
 
-_PROBLEMS: dict[tuple[str, str], Callable[[Call, torch.device], Problem]] = {
+PROBLEMS: dict[tuple[str, str], Callable[[Call, torch.device], Problem]] = {
     ("conv2d", "forward"): _forward,
     ("conv2d_relu", "forward"): _forward,
     ("conv2d_relu_max_pool2d", "forward"): _forward_pool,

@@ -14,7 +14,7 @@ import torch
 
 import fastconv
 from fastconv import backends, models
-from fastconv.bench import timing, tune
+from fastconv.bench import ahead, timing, tune
 from fastconv.cli import arguments
 from fastconv.tuning import Call, tables
 
@@ -80,6 +80,7 @@ def run(options: argparse.Namespace) -> int:
             return 0
     print(f"{len(calls)} calls; each: times in a step, winner, median (20%–80%), aten / winner")
     written = done = 0
+    ahead.compile_ahead(calls, device)
     for measurement in tune.tune(calls, device, path, budget=options.budget):
         print(f"{measurement.call}: {calls[measurement.call]}×, {_outcome(measurement)}", flush=True)
         for candidate, reason in measurement.rejected.items():

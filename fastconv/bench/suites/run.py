@@ -14,6 +14,7 @@ from fastconv.bench import records, roofline
 from fastconv.bench.records import Machine, Record
 from fastconv.bench.roofline import Rates
 from fastconv.bench.suites import cases, layer_trials, memory, net_trials, overhead, pool_trials
+from fastconv.bench.timing import require_alive
 from fastconv.bench.trial import Effort, Trial, arithmetic, dtypes_of, header, lines, measure, ours, torch_dtype
 
 SUITES = records.SUITES
@@ -169,7 +170,9 @@ def run(selection: Selection, device: torch.device, out: Path, say: Callable[[st
                 if plan.dtype not in rates:
                     rates[plan.dtype] = Rates(copy, roofline.matmul_rate(torch_dtype(plan.dtype), device))
                     say(f"a matrix product in {plan.dtype}: {rates[plan.dtype].matmul * 1e-12:.3g} TFLOP/s")
-                found, right = _measured(plan, (_QUICK if quick else _FULL)[suite], machine, rates[plan.dtype], say, width)
+                found, right = _measured(
+                    plan, (_QUICK if quick else _FULL)[suite], machine, device, rates[plan.dtype], say, width
+                )
             all_right &= right
             made += found
             if found:
@@ -179,7 +182,7 @@ def run(selection: Selection, device: torch.device, out: Path, say: Callable[[st
 
 
 def _measured(
-    plan: Plan, effort: Effort, machine: Machine, rates: Rates, say: Callable[[str], None], width: int
+    plan: Plan, effort: Effort, machine: Machine, device: torch.device, rates: Rates, say: Callable[[str], None], width: int
 ) -> tuple[list[Record], bool]:
     """The records of a case, and whether ours were right; a case that cannot be set up is told, and the others go on."""
     made: list[Record] = []
@@ -189,6 +192,7 @@ def _measured(
         try:
             trial = next(trials, None)
         except (RuntimeError, torch.OutOfMemoryError) as error:
+            require_alive(device, f"{plan.case} {plan.dtype}", error)
             say(f"{plan.case} {plan.dtype} could not be set up: {str(error).partition(chr(10))[0]}")
             return made, False
         if trial is None:
@@ -196,6 +200,7 @@ def _measured(
         try:
             result = measure(trial, effort, machine, rates)
         except (RuntimeError, torch.OutOfMemoryError) as error:
+            require_alive(device, f"{trial.case} {trial.direction} {trial.dtype}", error)
             say(f"{trial.case} {trial.direction} {trial.dtype} could not be timed: {str(error).partition(chr(10))[0]}")
             all_right = False
         else:
