@@ -95,17 +95,8 @@ def _tests(setup: Setup) -> list[Step]:
     # What libraries ask of the driver and are refused is none of our errors.
     for checker, options in (("memcheck", ("--report-api-errors", "no")), ("racecheck", ())):
         # Allocations that are not cached: what lies behind a tensor is no other tensor's.
-        checked = (
-            "env",
-            "PYTORCH_NO_CUDA_MEMORY_CACHING=1",
-            sanitizer,
-            "--tool",
-            checker,
-            "--error-exitcode",
-            "86",
-            *options,
-        )
-        steps.append(Step(checker, (*checked, *pytest, *chosen), most=120.0, unfinished=75))
+        under = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", sanitizer, "--tool", checker, "--error-exitcode", "86")
+        steps.append(Step(checker, (*under, *options, *pytest, *chosen), most=120.0, unfinished=75))
     return steps
 
 

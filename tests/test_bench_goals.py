@@ -67,6 +67,7 @@ def test_steps() -> None:
     at = "training step, recipe_net R=32 batch 128, over "
     assert of[at + "eager"] == (1.9, "**missed**")
     assert of[at + "torch.compile, CUDA graphs on both sides"] == (1.25, "met")
+    assert of["training step, recipe_net R=32 batch 128, as a CUDA graph, over eager"] == (pytest.approx(4.75), "aim met")
     assert of["training step, vgg16 R=224 batch 128, over eager"] == (None, "not measured")
     assert of["peak memory of a step, vgg16 R=224 batch 128, of eager's"] == (None, "not measured")
 
