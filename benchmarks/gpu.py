@@ -79,15 +79,15 @@ class Run:
         end, is_over = time.monotonic() + self.limit, False
         for step in steps:
             left = end - time.monotonic()
-            if is_over or left < _LEAST * self.limit:
+            if (is_over or left < _LEAST * self.limit) and not step.always:
                 self.rows.append(Row(name, step.name, 0.0, "not begun", ""))
                 continue
             self.say(f"\n=== {name}: {step.name}")
             begun, shown, outcome = time.monotonic(), self._shown, "stopped"
             try:
-                status = self._execute(step.command, min(left, step.most))
+                status = self._execute(step.command, step.most if step.always else min(left, step.most))
                 outcome = {0: "ok", None: "over its time", step.unfinished: "unfinished"}.get(status, f"failed: {status}")
-                is_over = outcome in ("over its time", "unfinished") and left <= step.most
+                is_over |= outcome in ("over its time", "unfinished") and left <= step.most
             finally:
                 text = self.log.read_bytes()[shown:].decode(errors="replace").replace(f"{ROOT}/", "")
                 last = next((line for line in reversed(text.splitlines()) if line.strip()), "")
@@ -96,7 +96,8 @@ class Run:
                     page = self._pages.setdefault(
                         name, [f"# Seen on {self.setup.chip}", "", f"Written by `make gpu PART={name}`.", ""]
                     )
-                    command = " ".join(step.command[2:]).replace(f"{ROOT}/", "")
+                    words = step.command[2:] if step.command[0] == sys.executable else step.command
+                    command = " ".join(words).replace(f"{ROOT}/", "")
                     page += [f"## {step.name}", "", f"`{command}`: {outcome}", "", *_fenced(text)]
                     (self.setup.folder / f"{name}.md").write_text("\n".join(page), encoding="utf-8")
                 self.install()

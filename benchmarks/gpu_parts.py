@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
-
-from fastconv.bench.counters import tool
 
 PARTS = ("tests", "tune", "layers", "models", "training", "inspect", "train")
 
@@ -39,15 +38,17 @@ class Step(NamedTuple):
 
     Attributes:
         most: seconds that it may take; a step that has no such limit has what is left of its part.
-        unfinished: its exit status when it stopped in time with work left.
+        unfinished: its exit status when it stopped in time with work left; None where it does not.
         is_page: what it prints goes into a page of the part's name, as inspect.md.
+        always: it is run even if the steps before it have used up the part's time.
     """
 
     name: str
     command: tuple[str, ...]
     most: float = math.inf
-    unfinished: int = 3
+    unfinished: int | None = 3
     is_page: bool = False
+    always: bool = False
 
 
 def parts(setup: Setup) -> dict[str, list[Step]]:
@@ -68,7 +69,14 @@ def _bench(setup: Setup, *suites: str) -> Step:
 
 
 def _goals(setup: Setup) -> Step:
-    return Step("goals", (sys.executable, "-m", "benchmarks.goals", str(setup.folder)), most=30.0, unfinished=75)
+    return Step(
+        "goals", (sys.executable, "-m", "benchmarks.goals", str(setup.folder)), most=30.0, unfinished=None, always=True
+    )
+
+
+def _tool(name: str) -> str | None:
+    """A program of the CUDA toolkit. This file runs before torch is installed, so that it imports nothing of fastconv."""
+    return shutil.which(name) or shutil.which(name, path=str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"))
 
 
 def _tests(setup: Setup) -> list[Step]:
@@ -82,7 +90,7 @@ def _tests(setup: Setup) -> list[Step]:
     if setup.device == "cpu":
         few = ("-m", "not gpu", "-k", "TestReLUBackward and cpu", "tests/test_native_kernels.py")
         return [*steps, Step("cpu", (*pytest, *few), unfinished=75)]
-    sanitizer = tool("compute-sanitizer")
+    sanitizer = _tool("compute-sanitizer")
     if sanitizer is None:
         return [*steps, Step("sanitizer", ("echo", "left out: no compute-sanitizer on PATH or under $CUDA_HOME/bin"))]
     # Small convolutions in every direction, on the native kernels and on Triton's.
@@ -131,28 +139,18 @@ def _inspect(setup: Setup) -> list[Step]:
 
 def _counted(setup: Setup, net: str, size: int) -> Step:
     name = f"Counters of a training step: {net}"
-    if tool("ncu") is None:
+    if _tool("ncu") is None:
         return Step(name, ("echo", "left out: no ncu on PATH or under $CUDA_HOME/bin"), is_page=True)
     which = ("--model", net, "--batch", "2" if setup.is_quick else "32", "--size", str(size), "--device", setup.device)
-    return Step(name, (sys.executable, "-m", "fastconv.bench.counters", *which), most=90.0, unfinished=75, is_page=True)
+    return Step(name, (sys.executable, "-m", "fastconv.bench.counters", *which), most=90.0, unfinished=None, is_page=True)
 
 
 def _train(setup: Setup) -> list[Step]:
     """Whole trainings, from images to test accuracy: real digits where they are installed, and drawn images at R = 224."""
     if importlib.util.find_spec("tqdm") is None:
         return [Step("fastconv train", ("echo", "left out: no tqdm, which shows its progress"))]
-    large = (
-        "--data",
-        "synthetic:8192",
-        "--resolution",
-        "224",
-        "--batch-size",
-        "256",
-        "--dtype",
-        "bfloat16",
-        "--epochs",
-        "4",
-    )
+    images = ("--data", "synthetic:8192", "--resolution", "224", "--batch-size", "256")
+    large = (*images, "--dtype", "bfloat16", "--epochs", "4")
     wide = ("--option", "width=64", "--option", "max_width=512")
     small = ("--data", "synthetic:200", "--resolution", "16", "--batch-size", "32", "--epochs", "1")
     narrow = ("--option", "width=8", "--option", "max_width=16")
@@ -161,6 +159,12 @@ def _train(setup: Setup) -> list[Step]:
         runs = {"digits": ("--compare",), **runs}
     where = ("--runs", str(setup.cache / "train"), "--overwrite", "--device", setup.device)
     return [
-        Step(f"fastconv train: {name}", _fastconv("train", "--name", name, *how, *where), most=220.0, is_page=True)
+        Step(
+            f"fastconv train: {name}",
+            _fastconv("train", "--name", name, *how, *where),
+            most=220.0,
+            unfinished=None,
+            is_page=True,
+        )
         for name, how in runs.items()
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -44,5 +46,7 @@ def test_a_divisor_that_torchs_cuda_kernels_cut(divisor: int, dtype: torch.dtype
 
 
 def test_which_divisors_those_are() -> None:
-    x = torch.empty(1, device="meta")
-    assert not aten._is_cut(x, 2**40), "of a CPU's or any other device's none"
+    on_gpu, on_cpu = SimpleNamespace(is_cuda=True), SimpleNamespace(is_cuda=False)
+    divisors = (1, 2**31 - 1, 2**31, -(2**31), -(2**31) - 1)
+    assert [aten._is_cut(on_gpu, divisor) for divisor in divisors] == [False, False, True, False, True]  # type: ignore[arg-type]
+    assert not any(aten._is_cut(on_cpu, divisor) for divisor in divisors)  # type: ignore[arg-type]

@@ -123,6 +123,16 @@ def test_a_command_knows_its_seconds_and_may_stop_in_time(run: Main, capfd: pyte
     assert re.search(r"behind .* not begun", printed), "what is left of a part is for what it did not finish"
 
 
+def test_a_step_may_be_run_always(run: Main, capfd: pytest.CaptureFixture[str]) -> None:
+    """The goals beside what was measured, when there was no time for all of it."""
+    refused = python("refused", "import sys; sys.exit(3)")
+    steps = [refused, python("behind", ""), python("goals", "print('so far')", most=30.0, unfinished=None, always=True)]
+    assert run({"layers": [*steps, python("last", "")]}) == 3
+    printed = capfd.readouterr().out
+    assert re.search(r"behind .* not begun", printed) and re.search(r"goals .* ok +so far", printed)
+    assert re.search(r"last .* not begun", printed)
+
+
 def test_copies_are_few_flat_and_small(run: Main, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "results" / "a-chip"
     folder.mkdir(parents=True)
@@ -210,6 +220,11 @@ def test_arguments_that_are_none(arguments: list[str], capsys: pytest.CaptureFix
         "PART must be of tests, tune, layers, models, training, inspect, train, and LIMIT above 0" in capsys.readouterr().err
     )
     assert gpu.main(["--part", "inspect,tests", "--check"]) == 0
+
+
+def test_arguments_are_looked_at_before_torch_is_installed() -> None:
+    command = [sys.executable, "-S", "-m", "benchmarks.gpu", "--check", "--part", "tests"]
+    assert subprocess.run(command, cwd=ROOT, check=False).returncode == 0
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

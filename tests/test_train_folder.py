@@ -50,6 +50,15 @@ def test_classes_of_a_folder(tmp_path: Path) -> None:
     assert Path(data.train.names[int((data.train.labels == 0).nonzero()[0])]).parent.name == "owl"
 
 
+def test_what_is_held_out_does_not_depend_on_the_classes(tmp_path: Path) -> None:
+    """Else a net that is trained further on some of the classes would be tested on images that it has seen."""
+    made_data.folder(tmp_path, count=10)
+    whole = names(load(f"folder:{tmp_path}", resolution=8, validation=0.25))
+    some = names(load(f"folder:{tmp_path}", resolution=8, validation=0.25, classes=["owl", "cat"]))
+    for what, found in whole.items():
+        assert {*some[what]} == {name for name in found if Path(name).parent.name != "dog"}
+
+
 def test_a_class_that_is_left_out_may_be_too_small_to_divide(tmp_path: Path) -> None:
     made_data.folder(tmp_path)
     for image in sorted((tmp_path / "dog").iterdir())[1:]:

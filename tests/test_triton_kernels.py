@@ -151,6 +151,18 @@ def test_weight_grad(case: ConvCase, dtype: torch.dtype) -> None:
             assert torch.equal(actual, again), f"not the same twice, {plan}"
 
 
+@pytest.mark.parametrize("channels", [(272, 72), (128, 272)], ids=str)
+def test_weight_grad_of_wide_tiles(channels: tuple[int, int]) -> None:
+    (inside, outside), policy = channels, Policy(torch.bfloat16)
+    g = ConvGeometry.of("conv", (1, inside, 4, 5), (outside, inside, 3, 3), None, (1, 1), (1, 1), (1, 1), 1)
+    grad, x = _random(g.output_shape, policy.dtype), _random(g.input_shape, policy.dtype)
+    expected = _oracle(aten.conv2d_weight_grad, grad, x, g, policy)
+    plans = triton_candidates("conv2d", "weight_grad", g, policy, "sm_90")
+    wide = [plan for plan in plans if {("BLOCK_N", 256), ("BLOCK_C", 256)} & {*plan.config}]
+    actual = triton.conv2d_weight_grad(grad, x, g, policy, wide[0])
+    assert_close(actual.cpu(), expected, policy.dtype, g.out_pixels, str(wide[0]))
+
+
 _POOLED = ["3x3", "3x3_s2_odd", "3x3_s2", "groups_2", "odd_channels", "small_maps", "48_taps", "two_blocks_of_pixels"]
 
 

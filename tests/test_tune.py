@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import pickle
 import subprocess
 import sys
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +16,7 @@ from tuned import BF16, FP32
 import fastconv
 from fastconv import backends, tuning
 from fastconv.backends import aten, native
-from fastconv.bench import ahead, tune
+from fastconv.bench import tune
 from fastconv.cli import arguments, main
 from fastconv.geometry import ConvGeometry, PoolGeometry, global_pool, single_elements
 from fastconv.precision import Policy
@@ -363,21 +359,3 @@ def test_a_foreign_table_is_found_before_anything_is_measured(tmp_path: Path, ca
     assert main(["tune", "--device", "cpu", "--input", "1x3x4x4", "--out", str(out)]) == 1
     assert "it was measured on 'NVIDIA A100 sm_80'" in capsys.readouterr().err
     assert out.read_text() == before
-
-
-def test_kernels_are_compiled_ahead_in_processes_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU; here, what each process does with a call, in the interpreter, and that a call travels to it."""
-    device, calls = torch.device("cpu"), [_call("conv2d_relu", "forward"), _call("conv2d", "weight_grad")]
-    served = []
-    monkeypatch.setattr(ahead.tuning, "candidates", lambda *_: (NATIVE, Candidate("triton", "", ()), ATEN))
-    monkeypatch.setattr(ahead.tuning, "forcing", lambda *choice: served.append(choice) or contextlib.nullcontext())
-    assert ahead.run_all(calls[0], device) == 1 and served == [(calls[0], Candidate("triton", "", ()))]
-    seen = []
-    monkeypatch.setattr(ahead, "ProcessPoolExecutor", lambda *_: pytest.fail("there is nothing to compile"))
-    ahead.compile_ahead(calls, device)
-    pool = SimpleNamespace(submit=lambda *task: seen.append(pickle.loads(pickle.dumps(task))) or Future())
-    monkeypatch.setattr(ahead, "ProcessPoolExecutor", lambda *_: contextlib.nullcontext(pool))
-    monkeypatch.setattr(ahead.os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(Future, "result", lambda _: None)
-    ahead.compile_ahead(calls, torch.device("cuda"))
-    assert seen == [(ahead.run_all, call, torch.device("cuda")) for call in calls]

@@ -167,7 +167,7 @@ def first_of_nothing(output: Tensor, indices: Tensor, pool: PoolGeometry) -> Ten
 
     torch's CUDA kernel for channels_last gives such a window the map's first element, which need not be in it.
     """
-    nothing = torch.zeros_like(indices, dtype=pool.code_dtype)
+    nothing = torch.zeros(indices.shape[-2:], dtype=pool.code_dtype, device=indices.device)
     return torch.where(output == -torch.inf, code_to_indices(nothing, pool), indices)
 
 

@@ -1,8 +1,8 @@
 """What a GPU's counters say of a training step, kernel by kernel: `python -m fastconv.bench.counters --help`.
 
-Nsight Compute (`ncu`) runs this module once more for each kind of layers, and one step of that under its counters: each
-kernel several times, with caches emptied before, so that the times are none of a step's; `fastconv.bench.timing` has those.
-Beside the bytes that memory moved stand those that `fastconv.bench.traffic` counts from shapes.
+Nsight Compute (`ncu`) runs this module again, once for each kind of layers, and counts one step. It repeats each kernel with
+emptied caches, so that its times are not those of a real step; `fastconv.bench.timing` measures those. Beside the bytes that
+memory moved stand those that `fastconv.bench.traffic` counts from shapes.
 
 Source:
     Nsight Compute CLI and Profiling Guide, docs.nvidia.com/nsight-compute.
@@ -11,6 +11,7 @@ Source:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import os
 import shutil
@@ -30,7 +31,7 @@ from fastconv.models.layers import LAYERS
 
 _TIME = "gpu__time_duration.sum"
 _READ, _WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
-# In the middle of a kernel's time, in percent.
+# Averages over a kernel's time, in percent.
 _SHARES = {
     "memory": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     "compute": "sm__throughput.avg.pct_of_peak_sustained_elapsed",
@@ -38,6 +39,8 @@ _SHARES = {
     "warps": "sm__warps_active.avg.pct_of_peak_sustained_active",
 }
 _METRICS = (_TIME, _READ, _WRITTEN, *_SHARES.values())
+_ERROR = "==ERROR=="
+_REFUSED = "ERR_NVGPUCTRPERM"  # where the driver keeps counters to administrators
 _HEADER = f"{'µs':>9} {'launches':>8} {'MB':>9} {'counted':>9} " + " ".join(f"{name:>8}" for name in _SHARES) + "  kernel"
 
 
@@ -59,36 +62,36 @@ class Counted(NamedTuple):
     shares: dict[str, float]
 
 
-def tool(name: str) -> str | None:
-    """The path of a program of the CUDA toolkit: on PATH, or under $CUDA_HOME."""
-    return shutil.which(name) or shutil.which(name, path=str(Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"))
+def ncu() -> str | None:
+    """The path of Nsight Compute's command."""
+    folder = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"
+    return shutil.which("ncu") or shutil.which("ncu", path=str(folder))
 
 
-def read(lines: Iterable[str]) -> list[Counted]:
-    """What ncu wrote with --csv and --print-units base: a line for each launch and counter. The most time first.
+class Counts(NamedTuple):
+    """What ncu wrote: its counts, the most time first, and its errors, after which the counts may not be all."""
 
-    Raises:
-        ValueError: there is not one counted launch; ncu's own errors are in the message.
-    """
+    kernels: list[Counted]
+    errors: list[str]
+
+
+def read(lines: Iterable[str]) -> Counts:
+    """Of --csv and --print-units base: a line for each launch and counter."""
     written = list(lines)
-    rows = csv.DictReader(line for line in written if line.startswith('"'))
     launches: dict[str, tuple[str, dict[str, float]]] = {}
-    for row in rows:
+    for row in csv.DictReader(line for line in written if line.startswith('"')):
         name, metrics = launches.setdefault(f"{row['Process ID']} {row['ID']}", (row["Kernel Name"], {}))
-        value = row["Metric Value"].replace(",", "")
-        try:
-            metrics[row["Metric Name"]] = float(value)
-        except ValueError:  # 'n/a', of a counter that this chip does not have
-            continue
+        with contextlib.suppress(ValueError):  # 'n/a', of a counter that this chip does not have
+            metrics[row["Metric Name"]] = float(row["Metric Value"].replace(",", ""))
     by_kernel: dict[str, list[dict[str, float]]] = {}
     for name, metrics in launches.values():
         if _TIME in metrics:
             by_kernel.setdefault(name, []).append(metrics)
-    if not by_kernel:
-        said = "; ".join(line.removeprefix("==ERROR==").strip() for line in written if line.startswith("==ERROR=="))
-        raise ValueError(f"ncu counted nothing: {said or 'no launch was seen'}")
     counted = [_summed(name, found) for name, found in by_kernel.items()]
-    return sorted(counted, key=lambda kernel: -kernel.microseconds)
+    errors = [line.removeprefix(_ERROR).strip() for line in written if line.startswith(_ERROR)]
+    if not counted and not errors:
+        errors = ["no launch was seen"]
+    return Counts(sorted(counted, key=lambda kernel: -kernel.microseconds), errors)
 
 
 def _summed(name: str, launches: list[dict[str, float]]) -> Counted:
@@ -120,19 +123,13 @@ def _line(kernel: Counted, counted: int | None) -> str:
     return f"{begin} {shares}  {kernel.name[: kernels.NAME_WIDTH]}"
 
 
-def count(options: argparse.Namespace, layers: str) -> list[Counted]:
-    """One training step under ncu.
-
-    Raises:
-        FileNotFoundError: there is no ncu.
-        ValueError: it counted nothing, as where the driver keeps counters to administrators.
-    """
-    program = tool("ncu")
-    if program is None:
-        raise FileNotFoundError("ncu (Nsight Compute) is neither on PATH nor under $CUDA_HOME/bin")
+def count(options: argparse.Namespace, layers: str) -> Counts:
+    """One training step under ncu."""
+    program = ncu() or "ncu"
     step = [sys.executable, "-m", "fastconv.bench.counters", "--step", layers]
-    for name in ("model", "device", "dtype", "batch", "size", "backend"):
+    for name in ("model", "device", "dtype", "batch", "backend"):
         step += [f"--{name}", str(getattr(options, name))]
+    step += ["--size", str(kernels.size(options))]
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "counters.csv"
         how = ["--csv", "--log-file", str(log), "--print-units", "base", "--metrics", ",".join(_METRICS)]
@@ -140,7 +137,7 @@ def count(options: argparse.Namespace, layers: str) -> list[Counted]:
         process = subprocess.run([program, *how, *step], capture_output=True, text=True, check=False)
         written = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
     if process.returncode:
-        written += [f"==ERROR== status {process.returncode}: {line}" for line in process.stderr.splitlines()[-1:]]
+        written += [f"{_ERROR} status {process.returncode}: {line}" for line in process.stderr.splitlines()[-1:]]
     return read(written)
 
 
@@ -157,9 +154,8 @@ def expected(options: argparse.Namespace, layers: str) -> dict[str, int]:
     if f"sm_{capability}" not in PROCESSORS:
         return {}
     with torch.device("meta"):
-        model = models.build(options.model, resolution=options.size, layers=layers).to(dtype)
-        shape = (options.batch, models.native(options.model).channels, options.size, options.size)
-        images = torch.empty(shape, dtype=dtype).contiguous(memory_format=torch.channels_last)
+        model = models.build(options.model, resolution=kernels.size(options), layers=layers).to(dtype)
+        images = torch.empty(kernels.shape(options), dtype=dtype).contiguous(memory_format=torch.channels_last)
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     found = traffic.measure(model, images, capability, chip)
     return {name: moved.tensors for name, moved in found.moved.items() if name.endswith("_kernel")}
@@ -188,14 +184,16 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.step:
         return _step(options)
+    if ncu() is None:
+        print("counters: ncu (Nsight Compute) is neither on PATH nor under $CUDA_HOME/bin", file=sys.stderr)
+        return 2
     status = 0
     for layers in LAYERS:
-        name = f"{kernels.title(options, layers)}{f', {options.backend}' if layers == 'fastconv' else ''}"
-        try:
-            print(f"{name}\n{table(count(options, layers), options.most, expected(options, layers))}\n", flush=True)
-        except (FileNotFoundError, ValueError) as error:
-            print(f"{name}: {error}", flush=True)
-            status = 1
+        found = count(options, layers)
+        print(f"{kernels.title(options, layers)}{f', {options.backend}' if layers == 'fastconv' else ''}")
+        print("".join(f"ncu: {error}\n" for error in found.errors), end="")
+        print(f"{table(found.kernels, options.most, expected(options, layers))}\n", flush=True)
+        status |= any(_REFUSED not in error for error in found.errors)
     return status
 
 

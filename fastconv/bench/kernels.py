@@ -109,15 +109,25 @@ def net_step(options: argparse.Namespace, layers: str) -> Callable[[], None]:
     """A training step of the net, batch, size, dtype and device of `options` on these layers, in channels_last."""
     torch.manual_seed(0)
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
-    model = models.build(options.model, resolution=options.size, layers=layers)
+    model = models.build(options.model, resolution=size(options), layers=layers)
     model = model.to(device, dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    shape = (options.batch, models.native(options.model).channels, options.size, options.size)
-    return training_step(model, torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=torch.channels_last))
+    images = torch.randn(shape(options), device=device, dtype=dtype)
+    return training_step(model, images.contiguous(memory_format=torch.channels_last))
+
+
+def size(options: argparse.Namespace) -> int:
+    """Height and width of the images."""
+    return models.registry.resolution_for(options.model, 224) if options.size is None else int(options.size)
+
+
+def shape(options: argparse.Namespace) -> tuple[int, int, int, int]:
+    """A batch's."""
+    return options.batch, models.native(options.model).channels, size(options), size(options)
 
 
 def title(options: argparse.Namespace, layers: str) -> str:
     """What the table below it is of."""
-    name = f"{options.model} R={options.size} batch {options.batch} {options.dtype}"
+    name = f"{options.model} R={size(options)} batch {options.batch} {options.dtype}"
     return f"{name}, a training step on {layers}'s layers, channels_last"
 
 
@@ -129,7 +139,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     option("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     option("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16", help="of parameters and images")
     option("--batch", type=int, default=32)
-    option("--size", type=int, default=224, help="height and width of the images")
+    option("--size", type=int, help="height and width of the images (default: 224, or what the net takes)")
     option("--most", type=int, default=25, help="lines of a table (default: 25)")
     return parser
 

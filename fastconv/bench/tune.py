@@ -131,15 +131,15 @@ def measure(call: Call, device: torch.device, most_seconds: float, rounds: int =
 
 
 def _measure(call: Call, device: torch.device, most_seconds: float, rounds: int) -> Measurement:
-    made = PROBLEMS[call.op, call.direction](call, device)
-    right, rejected = _gated(call, made)
+    problem = PROBLEMS[call.op, call.direction](call, device)
+    right, rejected = _gated(call, problem)
     if len(right) < 2:
         return Measurement(call, {}, rejected, None)
 
     def runner(candidate: Candidate) -> Callable[[], object]:
         def run() -> Results:
             with tuning.forcing(call, candidate):
-                return made.run(made.operands, "auto")
+                return problem.run(problem.operands, "auto")
 
         return run
 
@@ -153,33 +153,33 @@ def _measure(call: Call, device: torch.device, most_seconds: float, rounds: int)
     return Measurement(call, by_candidate, rejected, winner)
 
 
-def _gated(call: Call, made: Problem) -> tuple[list[Candidate], dict[Candidate, str]]:
+def _gated(call: Call, problem: Problem) -> tuple[list[Candidate], dict[Candidate, str]]:
     """The candidates that give the right result, and why the others do not."""
     candidates = tuning.candidates(call.op, call.direction, call.geometry, call.policy, call.chip, call.channels_last)
     if not call.channels_last:  # the Triton backend chooses its tiles as for channels_last operands, to which it brings them
         ours = next((c for c in tuning.pick(*call[:-1], True) if c.backend == "triton"), None)
         candidates = tuple(c for c in candidates if c.backend != "triton" or c == ours)
     try:
-        exact_operands = tuple(t.double() if t.is_floating_point() else t for t in made.operands)
+        exact_operands = tuple(t.double() if t.is_floating_point() else t for t in problem.operands)
         with gate.searching(False):  # which takes cuDNN seconds in float64
-            exact = made.run(exact_operands, "aten")
+            exact = problem.run(exact_operands, "aten")
     # Four times the memory of a 16-bit call may not be there: the calls that are smaller can still be measured.
     except Exception as error:
-        require_alive(made.operands[0].device, f"{call.op} {call.direction} in float64", error)
+        require_alive(problem.operands[0].device, f"{call.op} {call.direction} in float64", error)
         return [], dict.fromkeys(candidates, f"no result in float64 to hold it against: {type(error).__name__}: {error}")
     right, rejected = [], {}
-    device_type = made.operands[0].device.type
+    device_type = problem.operands[0].device.type
     for candidate in candidates:
         supports = backends.load(candidate.backend).supports
         reason = supports(call.op, call.direction, call.geometry, call.policy, device_type)
         if reason is None:
             try:
                 with tuning.forcing(call, candidate):
-                    results = made.run(made.operands, "auto")
-                reason = made.verify(results, exact, exact_operands)
+                    results = problem.run(problem.operands, "auto")
+                reason = problem.verify(results, exact, exact_operands)
             # A compiler or a driver refuses a configuration in ways of its own; whatever it says becomes the reason.
             except Exception as error:
-                require_alive(made.operands[0].device, f"{call.op} {call.direction} {candidate}", error)
+                require_alive(problem.operands[0].device, f"{call.op} {call.direction} {candidate}", error)
                 reason = f"{type(error).__name__}: {error}"
         if reason is None:
             right.append(candidate)

@@ -43,7 +43,10 @@ def add(commands: Any) -> None:
         "--input",
         type=_shape,
         metavar="NxCxHxW",
-        help="shape of a batch (default: 32x3x224x224 on a GPU, 8x3x32x32 on a CPU, or the net's own size)",
+        help=(
+            "shape of a batch (default: 32x3x224x224 on a GPU, 8x3x32x32 on a CPU, with other channels and sizes where the "
+            "net needs them)"
+        ),
     )
     option("--dtype", choices=_DTYPES, help="the 16-bit ones by autocast (default: bfloat16 on a GPU, float32 on a CPU)")
     option("--device", default="auto", help="auto (a GPU where there is one), cpu, cuda, cuda:1, ... (default: auto)")
@@ -66,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"--device {options.device}: allowed: auto, cpu, cuda, cuda:1, ...")
     on_gpu = device.type == "cuda"
-    shape = options.input or _usual(options.model, *((32, 224) if on_gpu else (8, 32)))
+    shape = options.input or _default_shape(options.model, *((32, 224) if on_gpu else (8, 32)))
     dtype = getattr(torch, options.dtype or ("bfloat16" if on_gpu else "float32"))
     chip = backends.chip(device.type, device.index)
     path = options.out or tables.user_file(chip)
@@ -80,7 +83,9 @@ def run(options: argparse.Namespace) -> int:
             return 0
     print(f"{len(calls)} calls; each: times in a step, winner, median (20%–80%), aten / winner")
     written = done = 0
-    ahead.compile_ahead(calls, device)
+    if on_gpu:
+        print("their kernels are compiled first, by several processes", flush=True)
+        ahead.compile_ahead(calls, device, options.seconds - (time.monotonic() - start))
     for measurement in tune.tune(calls, device, path, budget=options.budget):
         print(f"{measurement.call}: {calls[measurement.call]}×, {_outcome(measurement)}", flush=True)
         for candidate, reason in measurement.rejected.items():
@@ -96,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-def _usual(model: str, batch: int, wanted: int) -> tuple[int, ...]:
+def _default_shape(model: str, batch: int, wanted: int) -> tuple[int, ...]:
     """A batch of images of the `wanted` size, or of the size that a net of the registry was made for."""
     side = models.registry.resolution_for(model, wanted)
     return batch, 3 if ":" in model else models.native(model).channels, side, side

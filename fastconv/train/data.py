@@ -125,7 +125,7 @@ def load(
         raise ValueError(f"data: resolution must be at least 1, got resolution={resolution}")
     if validation is not None and not 0 <= validation < 1:
         raise ValueError(f"data: validation must be in [0, 1), got validation={validation}")
-    source = _divided(_only(_READERS[kind](where), classes), validation)
+    source = _only(_divided(_READERS[kind](where), validation, classes), classes)
     assert source.test is not None
     seen = resolution or source.resolution
     parts = {"training": source.train, "validation": source.validation, "test": source.test}
@@ -168,23 +168,27 @@ def _with_channels(images: Tensor, channels: int | None) -> Tensor:
     return grey[:, None]
 
 
-def _divided(source: Source, validation: float | None) -> Source:
-    """With test images, and with validation images as asked for."""
+def _divided(source: Source, validation: float | None, classes: Sequence[str]) -> Source:
+    """With test images, and with validation images as asked for: the same ones whichever classes are asked for."""
     train, held, test = source.train, source.validation, source.test
     if test is None:
-        train, test = _held_out(source, train, _TEST)
+        train, test = _held_out(source, train, _TEST, classes)
     if validation is not None:
         train, held = train if held is None else train.joined(held), None
         if validation:
-            train, held = _held_out(source, train, validation)
+            train, held = _held_out(source, train, validation, classes)
     return dataclasses.replace(source, train=train, validation=held, test=test)
 
 
-def _held_out(source: Source, part: Part, share: float) -> tuple[Part, Part]:
+def _held_out(source: Source, part: Part, share: float, classes: Sequence[str]) -> tuple[Part, Part]:
+    """What stays, and what is held out. Of classes that nobody asked for, those too small to divide are dropped."""
     counts = part.labels.bincount(minlength=len(source.classes))
-    if counts.min() < 2:
-        few = source.classes[int(counts.argmin())]
-        raise ValueError(f"data: class {few!r} has only {counts.min()} training image, none of which can be held out")
+    too_few = counts < 2
+    for label in too_few.nonzero().flatten().tolist():
+        name = source.classes[label]
+        if not classes or name in classes:
+            raise ValueError(f"data: class {name!r} has only {counts[label]} training image, none of which can be held out")
+    part = part.take((~too_few[part.labels]).nonzero().flatten())
     stay, held = stratified(part.labels, share)
     return part.take(stay), part.take(held)
 

@@ -112,8 +112,9 @@ def _weight_grad(g: ConvGeometry, policy: Policy, capability: int | None) -> Ite
     for largest_n, largest_c in tiles:
         block_n = min(largest_n, max(least, power_of_two(g.out_channels)))
         block_c = min(largest_c, max(16, power_of_two(g.in_channels)))
-        if block_n > 128 < g.in_channels:
-            continue  # as wide as the first one, but the gradient goes by registers
+        # 128 × 256 loads as little as 256 × 128, and keeps the gradient out of registers.
+        if max(block_n, block_c) > 128 and (min(block_n, block_c) < 128 or block_n > 128 < g.in_channels):
+            continue
         for block_b, block_h, block_w in _weight_boxes(pixels, g):
             if (block_n, block_c, block_h, block_w) not in seen:
                 seen.add((block_n, block_c, block_h, block_w))
