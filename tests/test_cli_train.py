@@ -108,13 +108,14 @@ def test_quiet_says_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
 
 
 def _process(folder: Path, arguments: list[str]) -> subprocess.Popen[str]:
+    """In an environment that does not make Python write each line at once."""
     command = [sys.executable, "-m", "fastconv", "train", "--runs", str(folder), *arguments]
     return subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**{k: v for k, v in os.environ.items() if k != "PYTHONUNBUFFERED"}, "PYTHONPATH": str(ROOT)},
         cwd=folder,
         preexec_fn=_heard,
     )
