@@ -17,11 +17,11 @@ from typing import Literal, NamedTuple
 from benchmarks import tables
 from fastconv.bench import pairs, records
 from fastconv.bench.records import Record, Trial
+from fastconv.bench.suites.run import COMPILED_BATCH
 
 _CHIPS = re.compile(r"\bH[12]00\b")
 _EAGER = ("eager_channels_last",)  # with cudnn.benchmark
 _COMPILED = ("compile_default", "compile_max_autotune")
-_COMPILED_BATCH = 32  # of layers that are compiled too
 _MOST_LAYERS = 12  # that are named
 
 
@@ -99,13 +99,13 @@ def _is_layer(trial: Trial) -> bool:
 
 def _layers(by_trial: Found) -> Iterator[Goal]:
     layers = {trial: by for trial, by in by_trial.items() if _is_layer(trial)}
-    batches = sorted({batch for trial in layers if (batch := pairs.split(trial.case)[1]) is not None} | {_COMPILED_BATCH})
+    batches = sorted({batch for trial in layers if (batch := pairs.split(trial.case)[1]) is not None} | {COMPILED_BATCH})
     for batch in batches:
         same = [by for trial, by in layers.items() if pairs.split(trial.case)[1] == batch]
         for against, wanted, aim in ((_EAGER, 1.3, 1.5), (_COMPILED, 1.1, 1.2)):
             ratios = [ratio for by in same if (ratio := _ratio(by, against)) is not None]
             mean = math.exp(sum(map(math.log, ratios)) / len(ratios)) if ratios else None
-            if mean is not None or against == _EAGER or batch == _COMPILED_BATCH:
+            if mean is not None or against == _EAGER or batch == COMPILED_BATCH:
                 what = f"{len(ratios)} layers at batch {batch}, forward + backward, geometric mean, over {_name(against)}"
                 yield Goal(what, wanted, aim, mean)
     ours = [by["fastconv"] for by in layers.values() if "fastconv" in by]

@@ -18,6 +18,7 @@ from fastconv.bench.timing import require_alive
 from fastconv.bench.trial import Effort, Trial, arithmetic, dtypes_of, header, lines, measure, ours, torch_dtype
 
 SUITES = records.SUITES
+COMPILED_BATCH = 32  # of single operators that are compiled too, on a GPU
 _DIRECTIONS = ("forward", "backward", "both")
 
 # Layers settle: in a net they stand among their like.
@@ -126,13 +127,13 @@ def _net(net: cases.Net, dtype: str, is_step: bool, device: torch.device, quick:
 
 
 def _providers(suite: str, device_type: str, dtype: str, case: cases.LayerCase | cases.PoolCase) -> tuple[str, ...]:
-    """Compilations take seconds each: on a GPU bfloat16 at batch 32 has them, the searched ones and single backends few."""
+    """Compilations take seconds each: on a GPU bfloat16 at one batch has them, the searched ones and single backends few."""
     names: tuple[str, ...] = (ours(), "eager_channels_last", "eager_nchw")
     if device_type != "cuda":
         return names
     if suite == "layers":
         names += ("cudnn_fused",)
-    if (dtype, case.batch) == ("bfloat16", 32) and suite != "scaling":
+    if (dtype, case.batch) == ("bfloat16", COMPILED_BATCH) and suite != "scaling":
         names += ("compile_default",)
         if isinstance(case, cases.LayerCase) and case.layer in (*cases.RECIPE_224, *cases.VGG16):
             names += ("compile_max_autotune", "fastconv_triton", "fastconv_native")
